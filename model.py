@@ -1,0 +1,785 @@
+"""
+ExoFormer, the whole model in one file: every Transformer of Table 3 of "Attention Projection Mixing with Exogenous
+Anchors" (arXiv 2601.08131), by flags.
+
+The idea. Attention projects its input into queries, keys, values and (here) gate logits. The paper mixes each of these
+with an ANCHOR: the same projection taken close to the token embeddings, so that deep layers need not carry token
+identity themselves. The anchor is either layer 1's own projection (internal: ResFormer, NuResFormer) or that of four
+extra matrices outside the stack (exogenous: ExoFormer). Everything the paper adds is one line, in `Mix.forward`.
+
+    tokens -> embedding H_0 --------------------------------------------+
+                 |                                                      |  once per forward (make_anchor):
+                 |            one layer n                               |  S_anc = RMSNorm(H_0 W_S)     exogenous, Eq. 9
+                 |                                                      |  S_anc = RMSNorm(layer 1's S) internal,  Eq. 8
+                 +--> RMSNorm -> Q_n ---- mix <-- Q_anc ----------------+
+                 |               K_n ---- mix <-- K_anc ----------------+   mix:  gamma_1 lambda_1 S_anc
+                 |               V_n ---- mix <-- V_anc ----------------+       + gamma_2 lambda_2 S_n
+                 |               G_n ---- mix <-- G_anc ----------------+
+                 |                 |
+                 |   softmax(rope(norm Q) rope(norm K)^T / sqrt(D)) V * sigmoid(G) -> W^O
+                 + <---------------+
+                 |
+                 +--> RMSNorm -> SwiGLU --+
+                 + <----------------------+        ... n_layer times, RMSNorm, head -> logits
+
+Symbols, paper | code | shape | where:
+    B, T, C, V          batch, tokens, n_embd, vocab_size
+    H, D                n_head, head_dim = C / H
+    S in {Q, K, V, G}   a letter of "qkvg"                                  `mix="qkvg"` says which are mixed
+    S_n                 proj[s]                         (B, T, H, D)        Projections, Eq. 1, 4, 7
+    S_anc               anchor[s]                       (B, T, H, D)        InternalAnchor, ExogenousAnchor, Eq. 8, 9
+    lambda_{n,1}^S      mix[s].lambda_anchor            (1|H, 1|D)          Mix, Eq. 10
+    lambda_{n,2}^S      mix[s].lambda_current           (1|H, 1|D)          Mix, Eq. 10
+    gamma_{n,1|2}^S     gamma[s] = (anchor, current)    (B, T, 1, 1)        DynamicMixing, Eq. 11, 12
+
+Numbers live in two precisions. Parameters are float32; under torch.autocast the residual stream and every matrix
+product are bfloat16. RMSNorm statistics, RoPE, mixing, softmax statistics and the loss are computed in float32.
+
+`python model.py` prints the table of variants; `python model.py --ckpt=PATH --prompt="Once"` samples from a checkpoint.
+"""
+import argparse
+import math
+import os
+import pickle
+import re
+import sys
+import zipfile
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------------------- 1 config
+
+COMPONENTS = "qkvg"                 # the order of rows in every fused projection and of the slots of Eq. 11
+GRANULARITY = {                     # the shape of a lambda, which broadcasts against (..., H, D); Section 3 of the paper
+    "scalar": lambda n_head, head_dim: (1, 1),
+    "headwise": lambda n_head, head_dim: (n_head, 1),
+    "elementwise": lambda n_head, head_dim: (n_head, head_dim),
+}
+
+
+class ConfigError(ValueError):
+    """A configuration or checkpoint that cannot be used; the message is one line for the user."""
+
+
+def setting(default, help):
+    """A dataclass field that carries its own help text; train.py turns every one of them into a flag."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a model and one field for each axis of the paper. The defaults are `exo` at the paper's size."""
+    n_layer: int = setting(29, "layers; the paper uses 29 with the gate and 32 without, for equal parameters")
+    n_head: int = setting(16, "attention heads")
+    n_embd: int = setting(1024, "width C of the residual stream")
+    ffn_dim: int = setting(0, "width of the fused SwiGLU input matrix, twice its inner width; 0 means 4 * n_embd")
+    vocab_size: int = setting(57601, "token ids the model knows; the paper's 57,601 is explained in the README")
+    block_size: int = setting(2048, "longest context in tokens")
+    gate: bool = setting(True, "gate the attention output with sigmoid(G) (Eq. 4-6)")
+    anchor: str = setting("exogenous", "where anchors come from: none, internal (Eq. 8) or exogenous (Eq. 9)")
+    mix: str = setting("qkvg", "which of q, k, v, g are mixed with their anchor (the S of Eq. 10)")
+    anchor_norm: str = setting("qkvg", "which anchors pass an RMSNorm (Eq. 10)")
+    granularity: str = setting("elementwise", "shape of a lambda: scalar, headwise or elementwise")
+    dynamic: bool = setting(False, "weigh anchor and current projection per token (Eq. 11, 12)")
+    dynamic_dim: int = setting(16, "hidden width of the dynamic-mixing MLP (Eq. 11)")
+    lambda_init: float | None = setting(None, "start of every lambda; none means 0.5, and 1.0 when dynamic")
+    qk_norm: bool = setting(True, "RMSNorm on the mixed queries and keys")
+    norm_position: str = setting("pre", "RMSNorm before each sub-layer (pre, the paper) or after its residual sum (post)")
+    rope_theta: float = setting(500_000.0, "base of the rotary angles")
+    tokenizer: str = setting("gpt2", "what the token ids mean: gpt2 or bytes")
+
+    def __post_init__(self):
+        for problem, message in self.problems():
+            if problem:
+                raise ConfigError(message)
+
+    def problems(self):
+        """Every rule a configuration must keep, as (is broken, what to say)."""
+        value = vars(self)
+        for name, allowed in (("anchor", ANCHORS), ("granularity", GRANULARITY), ("norm_position", NORM_POSITION)):
+            yield value[name] not in allowed, f"{name}={value[name]!r} must be one of {', '.join(allowed)}"
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "dynamic_dim"):
+            yield value[name] < 1, f"{name}={value[name]} must be at least 1"
+        for name in ("mix", "anchor_norm"):
+            letters = value[name]
+            yield (any(s not in COMPONENTS for s in letters) or len(set(letters)) < len(letters),
+                   f"{name}={letters!r} must use the letters q, k, v, g, each at most once")
+        yield self.n_embd % self.n_head != 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"
+        yield (self.head_dim % 2 != 0, f"head_dim={self.head_dim} (n_embd={self.n_embd} / n_head={self.n_head}) is odd; "
+               "RoPE rotates pairs of channels")
+        yield self.ffn_dim % 2 != 0 or self.ffn_dim < 0, f"ffn_dim={self.ffn_dim} must be even and not negative"
+        yield ("g" in self.mix and not self.gate,
+               f"mix={self.mix!r} mixes g, but gate={self.gate} gives the layers no g")
+        yield self.anchor == "none" and self.mix != "", f"mix={self.mix!r} needs an anchor, but anchor='none'"
+        yield self.anchor == "none" and self.dynamic, f"dynamic={self.dynamic} needs an anchor, but anchor='none'"
+        yield self.anchor != "none" and self.mix == "", f"anchor={self.anchor!r} has nothing to mix into, since mix=''"
+        yield (not set(self.anchor_norm) <= set(self.mix),
+               f"anchor_norm={self.anchor_norm!r} names an anchor that mix={self.mix!r} does not use")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def components(self):
+        """The letters a layer projects to: "qkvg" with the gate, "qkv" without."""
+        return COMPONENTS[:4 if self.gate else 3]
+
+    @property
+    def padded_vocab(self):
+        """Rows of the head: vocab_size rounded up to 64, which keeps the largest matrix product aligned."""
+        return 64 * math.ceil(self.vocab_size / 64)
+
+    def mixed_in(self, layer):
+        """The letters mixed in `layer` (0-based): an internal anchor is layer 0's own and is not mixed there (Eq. 10)."""
+        return "".join(s for s in COMPONENTS if s in self.mix and not (self.anchor == "internal" and layer == 0))
+
+
+def _axes(gate=True, anchor="none", mix="", norm="", granularity="elementwise", dynamic=False):
+    return dict(gate=gate, anchor=anchor, mix=mix, anchor_norm=norm, granularity=granularity, dynamic=dynamic,
+                n_layer=29 if gate else 32)
+
+
+VARIANTS = {  # --variant: the ModelConfig fields of one row of Table 3
+    "base":                       _axes(gate=False),
+    "gated":                      _axes(),
+    "resformer":                  _axes(False, "internal", "v"),
+    "naive":                      _axes(True, "internal", "v"),
+    "nuresformer_qknorm":         _axes(True, "internal", "qkvg", "qk"),
+    "nuresformer_qknorm_headwise": _axes(True, "internal", "qkvg", "qk", "headwise"),
+    "nuresformer_qknorm_scalar":  _axes(True, "internal", "qkvg", "qk", "scalar"),
+    "nuresformer_vg":             _axes(True, "internal", "vg"),
+    "nuresformer_vg_headwise":    _axes(True, "internal", "vg", "", "headwise"),
+    "nuresformer_vg_scalar":      _axes(True, "internal", "vg", "", "scalar"),
+    "nuresformer":                _axes(True, "internal", "qkvg", "qkvg"),
+    "nuresformer_headwise":       _axes(True, "internal", "qkvg", "qkvg", "headwise"),
+    "nuresformer_scalar":         _axes(True, "internal", "qkvg", "qkvg", "scalar"),
+    "exo_nonorm":                 _axes(True, "exogenous", "qkvg"),
+    "exo_dynamic":                _axes(True, "exogenous", "qkvg", "qkvg", dynamic=True),
+    "exo":                        _axes(True, "exogenous", "qkvg", "qkvg"),
+    "exo_headwise":               _axes(True, "exogenous", "qkvg", "qkvg", "headwise"),
+    "exo_scalar":                 _axes(True, "exogenous", "qkvg", "qkvg", "scalar"),
+}
+
+TABLE_3 = {  # what the paper prints for each row: (millions of parameters, validation perplexity, average accuracy)
+    "base": (454, 14.79, 48.14), "gated": (453, 14.64, 48.80), "resformer": (454, 14.32, 49.65), "naive": (453, 14.25, 49.09),
+    "nuresformer_qknorm": (453, 14.21, 48.91), "nuresformer_qknorm_headwise": (453, 14.21, 49.68),
+    "nuresformer_qknorm_scalar": (453, 14.22, 49.83), "nuresformer_vg": (453, 14.24, 49.20),
+    "nuresformer_vg_headwise": (453, 14.22, 49.11), "nuresformer_vg_scalar": (453, 14.24, 49.28),
+    "nuresformer": (453, 14.15, 49.68), "nuresformer_headwise": (453, 14.17, 49.42), "nuresformer_scalar": (453, 14.17, 49.11),
+    "exo_nonorm": (457, 14.30, 49.69), "exo_dynamic": (457, 14.09, 50.27), "exo": (457, 14.13, 49.85),
+    "exo_headwise": (457, 14.14, 49.23), "exo_scalar": (457, 14.15, 49.16),
+}
+
+
+def variant_config(variant, **overrides):
+    """The ModelConfig of a row of Table 3 by its --variant name, with any field overridden."""
+    return ModelConfig(**{**VARIANTS[variant], **overrides})
+
+
+# -------------------------------------------------------------------------------------------------------------- 2 parts
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; weight (dim,) starts at 1."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(dim)), eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight).type_as(x)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias. It may hold `parts` matrices stacked by rows: one product, but Muon treats each by itself."""
+
+    def __init__(self, n_in, n_out, parts=1):
+        super().__init__(n_in, n_out, bias=False)
+        self.parts = parts
+
+
+class SwiGLU(nn.Module):
+    """W_down(silu(gate) * value), where [value; gate] = W_up x is one matrix of ffn_dim rows (the paper's "FFN dimension")."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.ffn_dim or 4 * config.n_embd
+        self.up = Linear(config.n_embd, width, parts=2)
+        self.down = Linear(width // 2, config.n_embd)
+
+    def forward(self, x):
+        value, gate = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Causal:
+    """What every layer must know of positions, made once per forward: the RoPE tables and who may look at whom.
+
+    Tokens `start` ... `start + length - 1` of a context; each sees itself and all before it. The tables are computed
+    here in float32 rather than stored, so that no cast of the model can spoil them.
+    """
+
+    def __init__(self, config, length, device, start=0):
+        channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+        position = torch.arange(start, start + length, dtype=torch.float32, device=device)
+        angle = torch.outer(position, config.rope_theta ** (-channel / config.head_dim))
+        self.cos, self.sin = angle.cos()[:, None, :], angle.sin()[:, None, :]                      # (T, 1, D/2)
+        self.mask = None
+
+    def rotate(self, x):
+        """RoPE, half-split: channel i is paired with i + D/2. x (B, T, H, D)."""
+        first, second = x.float().chunk(2, dim=-1)
+        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return torch.cat(rotated, dim=-1).type_as(x)
+
+    def attend(self, layer, q, k, v):
+        """softmax(q k^T / sqrt(D)) v. All (B, T, H, D); `layer` is for subclasses that remember."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        u = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)      # Eq. 2
+        return u.transpose(1, 2)
+
+
+class WithinDocuments(Causal):
+    """Causal, and blind to other documents: docs (B, T) holds each token's document number. Positions are not reset."""
+
+    def __init__(self, config, length, device, docs):
+        super().__init__(config, length, device)
+        before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        self.mask = (before & (docs[:, :, None] == docs[:, None, :]))[:, None]                     # (B, 1, T, T)
+
+
+class Cached(Causal):
+    """Causal, for tokens that continue what a KVCache already holds."""
+
+    def __init__(self, config, length, device, cache):
+        super().__init__(config, length, device, start=cache.length)
+        self.cache = cache
+        self.mask = torch.ones(length, cache.length + length, dtype=torch.bool, device=device).tril(cache.length)
+
+    def attend(self, layer, q, k, v):
+        return super().attend(layer, q, *self.cache.extend(layer, k, v))
+
+
+# ------------------------------------------------------------------------------------------------------------- 3 mixing
+
+class Projections(Linear):
+    """H -> {s: (B, T, H, D)} for each letter s; one matrix, whose rows are the letters' C x C matrices in order."""
+
+    def __init__(self, config, letters):
+        super().__init__(config.n_embd, len(letters) * config.n_embd, parts=len(letters))
+        self.letters, self.heads = letters, (config.n_head, config.head_dim)
+
+    def forward(self, h):
+        stacked = F.linear(h, self.weight).unflatten(-1, (self.parts, *self.heads))                # Eq. 1, 4, 7
+        return dict(zip(self.letters, stacked.unbind(-3)))
+
+
+class DynamicMixing(nn.Module):
+    """H -> {s: (gamma_anchor, gamma_current)}, each (B, T, 1, 1): one weight in (0, 1) per token and slot."""
+
+    def __init__(self, config, letters):
+        super().__init__()
+        self.letters = letters
+        self.fc1 = Linear(config.n_embd, config.dynamic_dim)
+        self.fc2 = Linear(config.dynamic_dim, 2 * len(letters))
+        self.bias = nn.Parameter(torch.empty(2 * len(letters)))
+
+    def forward(self, h):
+        gamma = torch.sigmoid(self.fc2(F.gelu(self.fc1(h))).float() + self.bias)                   # Eq. 11
+        slots = gamma[..., None, None].unbind(-3)                                                  # 2m of (B, T, 1, 1)
+        return {s: (slots[2 * i], slots[2 * i + 1]) for i, s in enumerate(self.letters)}
+
+
+class StaticMixing(nn.Module):
+    """The gamma that says 1: with it Eq. 12 is Eq. 10."""
+
+    def __init__(self, config, letters):
+        super().__init__()
+        self.ones = {s: (1.0, 1.0) for s in letters}
+
+    def forward(self, h):
+        return self.ones
+
+
+class Mix(nn.Module):
+    """One component's learned sum of its anchor and its own projection."""
+
+    def __init__(self, config):
+        super().__init__()
+        shape = GRANULARITY[config.granularity](config.n_head, config.head_dim)
+        self.lambda_anchor = nn.Parameter(torch.empty(shape))
+        self.lambda_current = nn.Parameter(torch.empty(shape))
+
+    def forward(self, anchor, current, gamma):
+        """anchor (normalised where it was made), current (B, T, H, D); gamma a pair that broadcasts against them."""
+        of_anchor, of_current = gamma[0] * self.lambda_anchor, gamma[1] * self.lambda_current
+        return (of_anchor * anchor + of_current * current).type_as(current)                        # Eq. 10, Eq. 12
+
+
+class Anchor(nn.Module):
+    """{s: S_anc (B, T, H, D)} for each mixed s, made once per forward from the embeddings, before RoPE.
+
+    Eq. 10's RMSNorm of the anchor has one gain (D,) per component for all heads and layers, so it is applied here, once.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.norms = nn.ModuleDict({
+            s: RMSNorm(config.head_dim) if s in config.anchor_norm else nn.Identity() for s in config.mix})
+
+    def normed(self, source):
+        return {s: norm(source[s]) for s, norm in self.norms.items()}
+
+
+class NoAnchor(Anchor):
+    """Standard and gated attention: nothing to mix with."""
+
+    def forward(self, embedded, first_layer):
+        return {}
+
+
+class InternalAnchor(Anchor):
+    """Layer 1's projections of layer 1's input. Recomputed here; torch.compile merges the two equal products."""
+
+    def forward(self, embedded, first_layer):
+        return self.normed(first_layer.attn.project(first_layer.attn_norm(embedded)))              # Eq. 8
+
+
+class ExogenousAnchor(Anchor):
+    """Projections of the raw embeddings by matrices that belong to no layer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.project = Projections(config, "".join(s for s in COMPONENTS if s in config.mix))
+
+    def forward(self, embedded, first_layer):
+        return self.normed(self.project(embedded))                                                 # Eq. 9
+
+
+ANCHORS = {"none": NoAnchor, "internal": InternalAnchor, "exogenous": ExogenousAnchor}
+
+# -------------------------------------------------------------------------------------------------------------- 4 layer
+
+class Gate(nn.Module):
+    """Elementwise gate on the attention output: u * sigmoid(g), both (B, T, H, D)."""
+
+    def forward(self, u, proj):
+        return u * torch.sigmoid(proj["g"])                                                        # Eq. 5, 6
+
+
+class NoGate(nn.Module):
+    """Standard attention: the output passes as it is."""
+
+    def forward(self, u, proj):
+        return u
+
+
+class Attention(nn.Module):
+    """Attention with mixed projections; layer 0 of an internal-anchor model mixes nothing, since its mix is empty."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, letters = layer, config.mixed_in(layer)
+        self.project = Projections(config, config.components)
+        self.gammas = (DynamicMixing if config.dynamic and letters else StaticMixing)(config, letters)
+        self.mix = nn.ModuleDict({s: Mix(config) for s in letters})
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.gate = (Gate if config.gate else NoGate)()
+        self.out_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, h, anchor, at):
+        """h (B, T, C), the normed input; anchor {s: (B, T, H, D)}; at a Causal -> (B, T, C)."""
+        proj, gamma = self.project(h), self.gammas(h)
+        for s, mix in self.mix.items():
+            proj[s] = mix(anchor[s], proj[s], gamma[s])
+        q, k, v = at.rotate(self.q_norm(proj["q"])), at.rotate(self.k_norm(proj["k"])), proj["v"]
+        u = self.gate(at.attend(self.layer, q, k, v), proj)
+        return self.out_proj(u.flatten(-2))                                                        # Eq. 3
+
+
+NORM_POSITION = {"pre": (RMSNorm, nn.Identity), "post": (nn.Identity, RMSNorm)}    # (before the sub-layer, after the sum)
+
+
+class Block(nn.Module):
+    """x = x + Attn(norm(x)); x = x + MLP(norm(x)). With norm_position="post": x = norm(x + f(x)) instead."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        before, after = NORM_POSITION[config.norm_position]
+        self.attn_norm, self.attn = before(config.n_embd), Attention(config, layer)
+        self.attn_post_norm = after(config.n_embd)
+        self.mlp_norm, self.mlp = before(config.n_embd), SwiGLU(config)
+        self.mlp_post_norm = after(config.n_embd)
+
+    def forward(self, x, anchor, at):
+        x = self.attn_post_norm(x + self.attn(self.attn_norm(x), anchor, at))
+        return self.mlp_post_norm(x + self.mlp(self.mlp_norm(x)))
+
+
+# -------------------------------------------------------------------------------------------------------------- 5 model
+
+def compute_dtype(device):
+    """The dtype of the residual stream: bfloat16 under torch.autocast, otherwise that of the parameters (None)."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class ExoFormer(nn.Module):
+    """A decoder-only language model whose every Table 3 variant is a ModelConfig."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.anchor = ANCHORS[config.anchor](config)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.final_norm = RMSNorm(config.n_embd)
+        self.head = Linear(config.n_embd, config.padded_vocab)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Set every parameter, by the last parts of its name:
+
+            out_proj, down, head, fc2   zero: each sub-layer starts as the identity, the model as a uniform guess
+            other matrices, embedding   normal, std 0.02, cut at 3 std
+            RMSNorm gains               1
+            lambdas                     lambda_init, else 0.5 (static) or 1.0 (dynamic, where gamma starts at 0.5)
+            bias of Eq. 11              0
+        """
+        start = 1.0 if self.config.dynamic else 0.5
+        start = start if self.config.lambda_init is None else self.config.lambda_init
+        for name, p in self.named_parameters():
+            owner, kind = name.split(".")[-2:]
+            if owner in ("out_proj", "down", "head", "fc2") or kind == "bias":
+                nn.init.zeros_(p)
+            elif p.dim() == 2 and kind == "weight":
+                nn.init.trunc_normal_(p, std=0.02, a=-0.06, b=0.06)
+            else:
+                nn.init.constant_(p, start if kind.startswith("lambda_") else 1.0)
+
+    def positions(self, idx, docs, cache):
+        """The one object all layers share: plain causal, within documents, or continuing a cache."""
+        length, device = idx.size(1), idx.device
+        if docs is not None:
+            return WithinDocuments(self.config, length, device, docs)
+        return cache.positions(length, device) if cache is not None else Causal(self.config, length, device)
+
+    def make_anchor(self, embedded):
+        """{s: S_anc (B, T, H, D)}: it depends on each token alone, never on its context, so no cache holds it."""
+        return self.anchor(embedded, self.layers[0])
+
+    def trunk(self, idx, docs=None, cache=None):
+        """Hidden states (B, T, C) after the final norm.
+
+        idx    (B, T) token ids, T at most block_size
+        docs   (B, T) document number of each token, or None: attention does not cross documents
+        cache  a KVCache to continue, or None: idx then holds only the new tokens
+        """
+        x = self.embed(idx)
+        x = x.to(compute_dtype(x.device) or x.dtype)
+        anchor, at = self.make_anchor(x), self.positions(idx, docs, cache)
+        for layer in self.layers:
+            x = layer(x, anchor, at)
+        return self.final_norm(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., padded_vocab); columns from vocab_size on are -inf. Masked, not sliced, to stay aligned."""
+        real = torch.arange(self.config.padded_vocab, device=hidden.device) < self.config.vocab_size
+        return torch.where(real, self.head(hidden), -torch.inf)
+
+    def forward(self, idx, docs=None, cache=None):
+        """Logits (B, T, padded_vocab) of the next token at every position; arguments as in `trunk`."""
+        return self.logits(self.trunk(idx, docs, cache))
+
+    def loss(self, idx, targets, docs=None):
+        """(cross-entropy, z): mean -log p(target) and mean logsumexp^2 over targets that are not -100, in float32.
+
+        Training minimises cross-entropy + 1e-5 z; only the cross-entropy is a perplexity.
+        """
+        logits = self.forward(idx, docs).flatten(0, 1).float()
+        counted = targets.flatten() != -100
+        squares = torch.logsumexp(logits, dim=-1).square()
+        z = torch.where(counted, squares, 0).sum() / counted.sum()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100), z
+
+    @classmethod
+    def from_released(cls, state_dict, n_head=None, block_size=2048, anchor_norm=None, **settings):
+        """Build a model from a state dict of the paper's released code; the variant is read off the keys.
+
+        n_head       needed only where neither a QKNorm nor a lambda tells the head size
+        anchor_norm  "" or "qk", for the one case the keys cannot tell: internal anchors, q or k mixed, no norm of
+                     their own. Absent, "qk" is taken and a line says so
+        settings     further ModelConfig fields that leave no trace in the keys: rope_theta, tokenizer
+
+        Every key must be used, or be one that the released forward pass never reads. ConfigError otherwise.
+        """
+        theirs = {re.sub(r"\.([vg])_res_norm\.", r".\1_norm.", key.removeprefix("_orig_mod.")): value
+                  for key, value in state_dict.items()}
+        config = released_config(theirs, n_head, anchor_norm, block_size=block_size, **settings)
+        model = cls(config)
+        model.load_state_dict(translate_released(theirs, model.state_dict(), config))
+        return model
+
+
+# ---------------------------------------------------------------------------------------------------------------- 6 use
+
+class KVCache:
+    """Rotated keys and mixed values of the tokens seen so far, (n_layer, B, max_len, H, D) each."""
+
+    def __init__(self, config, batch_size, max_len, device="cpu", dtype=torch.float32):
+        shape = (config.n_layer, batch_size, max_len, config.n_head, config.head_dim)
+        self.config, self.length = config, 0
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    def positions(self, length, device):
+        """Make room for `length` more tokens; ValueError if they do not fit."""
+        if self.length + length > self.k.size(2):
+            raise ValueError(f"a KVCache of {self.k.size(2)} tokens holds {self.length} and cannot take {length} more")
+        at = Cached(self.config, length, device, self)
+        self.length += length
+        return at
+
+    def extend(self, layer, k, v):
+        """Write the newest tokens' k, v (B, T, H, D) and return all so far, (B, length, H, D)."""
+        start = self.length - k.size(1)
+        self.k[layer, :, start:self.length], self.v[layer, :, start:self.length] = k, v
+        return self.k[layer, :, :self.length].to(k.dtype), self.v[layer, :, :self.length].to(v.dtype)
+
+    def repeat(self, n):
+        """A cache whose rows are each repeated n times: one context, n continuations."""
+        cache = KVCache(self.config, 0, 0, self.k.device, self.k.dtype)
+        cache.k, cache.v, cache.length = self.k.repeat_interleave(n, 1), self.v.repeat_interleave(n, 1), self.length
+        return cache
+
+
+def sample(logits, temperature, top_k, generator):
+    """One token id per row, (B, 1), from logits (B, V): greedy at temperature 0, else among the top_k likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    top, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+    choice = torch.multinomial(F.softmax(top / temperature, dim=-1), 1, generator=generator)
+    return index.gather(-1, choice)
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, generator=None):
+    """Continue idx (B, T) by up to max_new_tokens ids; returns (B, T + new).
+
+    Each new token is predicted from the last block_size tokens. Up to there a KV cache makes a token cost one token;
+    past it the window slides, every cached position would change, and each token costs a forward of the whole window.
+    A row that has produced stop_token is filled up with it; generation ends when all rows have.
+    """
+    window, stop = model.config.block_size, -1 if stop_token is None else stop_token
+    if idx.size(1) == 0:
+        raise ValueError("generate needs at least one token to start from")
+    fresh, cache = idx, None
+    finished = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+    for _ in range(max_new_tokens):
+        if cache is None or cache.length + fresh.size(1) > window:
+            fresh = idx[:, -window:]
+            cache = KVCache(model.config, idx.size(0), min(window, fresh.size(1) + max_new_tokens), idx.device,
+                            compute_dtype(idx.device) or model.head.weight.dtype)
+        logits = model.logits(model.trunk(fresh, cache=cache)[:, -1]).float()
+        fresh = torch.where(finished, stop, sample(logits, temperature, top_k, generator))
+        idx, finished = torch.cat((idx, fresh), dim=1), finished | (fresh == stop)
+        if finished.all():
+            break
+    return idx
+
+
+def count_parameters(model):
+    """Parameters, without the head's padding rows: they exist for alignment alone and stay zero."""
+    padding = (model.config.padded_vocab - model.config.vocab_size) * model.config.n_embd
+    return sum(p.numel() for p in model.parameters()) - padding
+
+
+def flops_per_token(model, length):
+    """FLOPs of forward and backward per token: 6 per matrix entry (the embedding is a look-up) + 12 n_layer C T.
+
+    The usual estimate (PaLM, Appendix B), which counts attention as if it were not causal; MFU figures follow it.
+    """
+    entries = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    return 6 * entries + 12 * model.config.n_layer * model.config.n_embd * length
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values so that a crash at any moment leaves the old file or the whole new one."""
+    partial = f"{path}.tmp"
+    with open(partial, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    os.fsync(folder)                                       # or a power cut may forget the rename
+    os.close(folder)
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file, on the CPU. ConfigError if it is missing, damaged or holds anything but data.
+
+    torch.load does not notice a flipped bit; the CRC of every record of the zip archive does.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such checkpoint") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{path} is not a whole checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+    raise ConfigError(f"{path} is damaged: its record {damaged} fails its checksum")
+
+
+def load_checkpoint(path, device="cpu"):
+    """An ExoFormer with the weights of a checkpoint file, ours or the released code's."""
+    checkpoint = read_checkpoint(path)
+    if "model_config" not in checkpoint:
+        args = checkpoint.get("model_args", {})
+        return ExoFormer.from_released(checkpoint.get("model", checkpoint), block_size=args.get("block_size", 2048),
+                                       rope_theta=args.get("rope_theta", 500_000.0)).to(device)
+    known = {f.name for f in fields(ModelConfig)}
+    unknown = sorted(set(checkpoint["model_config"]) - known)
+    if unknown:
+        raise ConfigError(f"{path} has settings this version does not know: {', '.join(unknown)}")
+    model = ExoFormer(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device)
+
+
+RELEASED_NAMES = (  # (our name, the released code's), tried in order on each of our parameters
+    (r"^embed\.", "transformer.wte."), (r"^layers\.", "transformer.layers."), (r"^final_norm\.", "transformer.final_norm."),
+    (r"^head\.", "lm_head."), (r"^anchor\.project\.", "anchor_proj."), (r"^anchor\.norms\.(.)\.", r"anchor_\1_norm."),
+    (r"\.attn\.project\.", ".attn.c_attn."), (r"\.out_proj\.", ".c_proj."), (r"\.up\.", ".fc1."), (r"\.down\.", ".fc2."),
+    (r"\.mix\.(.)\.lambda_anchor", r".lambda_\g<1>1"), (r"\.mix\.(.)\.lambda_current", r".lambda_\g<1>2"),
+    (r"\.gammas\.bias", ".dynamic_mixing.fc2.bias"), (r"\.gammas\.", ".dynamic_mixing."),
+)
+
+DEAD_IN_RELEASED = (  # tensors the released files carry but their forward pass never reads
+    r"transformer\.layers\.\d+\.attn\.[vg]_norm\.weight",               # v_norm, g_norm: only layer 0's norm an anchor
+    r"transformer\.layers\.0\.attn\.(lambda_[qkvg][12]|dynamic_mixing\..*)",     # an internal anchor's own layer
+    r"anchor_[qkvg]_norm\.weight",                                        # of a component that is not mixed
+)
+
+
+def released_config(state, n_head, anchor_norm, **settings):
+    """The ModelConfig that a released state dict was trained with, from its keys and shapes alone."""
+    if "transformer.wte.weight" not in state:
+        raise ConfigError(f"not a checkpoint of the released code: no transformer.wte.weight among {len(state)} keys")
+    vocab_size, n_embd = state["transformer.wte.weight"].shape
+    n_layer = len({key.split(".")[2] for key in state if key.startswith("transformer.layers.")})
+    last = f"transformer.layers.{n_layer - 1}.attn."
+    lambdas = {s: state[f"{last}lambda_{s}1"] for s in COMPONENTS if f"{last}lambda_{s}1" in state}
+    shape = next(iter(lambdas.values())).shape if lambdas else torch.Size()
+    head_dim = next((t.size(-1) for t in (state.get(f"{last}q_norm.weight"),) if t is not None), None)
+    n_head = n_head or (n_embd // head_dim if head_dim else shape[0] if shape.numel() > 1 else None)
+    if n_head is None:
+        raise ConfigError("the keys do not tell the number of heads; pass n_head")
+    mix = "".join(lambdas)
+    anchor = "exogenous" if "anchor_proj.weight" in state else "internal" if mix else "none"
+    fc1 = state.get(f"{last}dynamic_mixing.fc1.weight")
+    return ModelConfig(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, ffn_dim=state["transformer.layers.0.mlp.fc1.weight"].size(0),
+        vocab_size=vocab_size, gate=state[f"{last}c_attn.weight"].size(0) == 4 * n_embd, anchor=anchor, mix=mix,
+        anchor_norm=released_anchor_norm(state, anchor, mix, anchor_norm), qk_norm=head_dim is not None,
+        granularity="elementwise" if len(shape) == 2 else "headwise" if shape.numel() > 1 else "scalar",
+        dynamic=fc1 is not None, dynamic_dim=16 if fc1 is None else fc1.size(0), **settings)
+
+
+def released_anchor_norm(state, anchor, mix, asked):
+    """Which anchors a released model normalises. Internal q and k are normed by layer 0's QKNorm, which leaves no key."""
+    name = "anchor_{}_norm.weight" if anchor == "exogenous" else "transformer.layers.0.attn.{}_norm.weight"
+    owned = "".join(s for s in mix if name.format(s) in state)
+    told = anchor != "internal" or not set("qk") & set(mix) or set("vg") & set(owned)
+    if told and asked not in (None, owned):
+        raise ConfigError(f"anchor_norm={asked!r}, but the keys say {owned!r}")
+    if not told and asked is None:
+        print(f"from_released: the keys do not say whether the q and k anchors are normalised; taking anchor_norm={owned!r} "
+              "(pass anchor_norm='' for a model trained without)")
+    if not told and not set(asked or "") <= set(owned):
+        raise ConfigError(f"anchor_norm={asked!r} must be '' or {owned!r}: no other norm has a gain in these keys")
+    return owned if told or asked is None else asked
+
+
+def translate_released(theirs, ours, config):
+    """The state dict `ours` filled with the released tensors in float32. ConfigError names any key missing or left over."""
+    filled, left = {}, dict.fromkeys(theirs)
+    for name, like in ours.items():
+        key = name
+        if config.anchor == "internal":
+            key = re.sub(r"^anchor\.norms\.(.)\.", r"layers.0.attn.\1_norm.", key)
+        for pattern, replacement in RELEASED_NAMES:
+            key = re.sub(pattern, replacement, key)
+        if key not in theirs:
+            raise ConfigError(f"the checkpoint lacks {key}")
+        left.pop(key, None)
+        filled[name] = fit_released(key, theirs[key].float(), like, config)
+    unknown = [key for key in left if not any(re.fullmatch(dead, key) for dead in DEAD_IN_RELEASED)]
+    if unknown:
+        raise ConfigError(f"the checkpoint holds {len(unknown)} tensors this model has no place for, first {unknown[0]}")
+    return filled
+
+
+def fit_released(key, tensor, like, config):
+    """One released tensor in our shape: the head padded, unused anchors dropped, lambdas broadcastable."""
+    if key == "lm_head.weight":
+        tensor = F.pad(tensor, (0, 0, 0, config.padded_vocab - config.vocab_size))
+    if key == "anchor_proj.weight":
+        rows = dict(zip(COMPONENTS, tensor.split(config.n_embd)))
+        tensor = torch.cat([rows[s] for s in COMPONENTS if s in config.mix])
+    if ".lambda_" in key and tensor.numel() == like.numel():
+        tensor = tensor.reshape(like.shape)
+    if tensor.shape != like.shape:
+        raise ConfigError(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+    return tensor
+
+
+def print_variants():
+    """Table 3 as this file builds it: exact parameters beside the paper's, at the paper's size."""
+    print(f"{'--variant':28s}{'layers':>7s}{'parameters':>14s}{'M':>7s}{'paper M':>9s}{'GFLOP/token':>13s}{'paper ppl':>11s}")
+    for name, (millions, perplexity, _) in TABLE_3.items():
+        with torch.device("meta"):
+            model = ExoFormer(variant_config(name))
+        n, flops = count_parameters(model), flops_per_token(model, model.config.block_size)
+        print(f"{name:28s}{model.config.n_layer:7d}{n:14,d}{n / 1e6:7.1f}{millions:9d}{flops / 1e9:13.3f}{perplexity:11.2f}")
+
+
+def print_samples(args):
+    """Continue args.prompt with the model of a checkpoint."""
+    from prepare_fineweb import get_tokenizer
+    model = load_checkpoint(args.ckpt, args.device).eval()
+    tokenizer = get_tokenizer(model.config.tokenizer)
+    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
+    idx = torch.tensor([prompt] * args.num_samples, device=args.device)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    out = generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, tokenizer.eot, generator)
+    for row in out.tolist():
+        end = row.index(tokenizer.eot, len(prompt)) if tokenizer.eot in row[len(prompt):] else len(row)
+        print(tokenizer.decode(row[:end]), end="\n---\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Print the table of variants, or sample from a checkpoint.", allow_abbrev=False)
+    parser.add_argument("--ckpt", help="checkpoint to sample from, ours or the released code's")
+    parser.add_argument("--prompt", default="", help="text to continue; empty starts a new document")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add")
+    parser.add_argument("--num_samples", type=int, default=1, help="how many continuations")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token every time")
+    parser.add_argument("--top_k", type=int, default=200, help="choose among this many likeliest tokens")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    args = parser.parse_args()
+    try:
+        print_samples(args) if args.ckpt else print_variants()
+    except ConfigError as error:
+        sys.exit(f"model.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
