@@ -1,14 +1,14 @@
-"""Token shards: where training data comes from, how it lies on the disk, and how to trust it.
+"""Token shards: where the training data comes from, how it lies on the disk, and how to check it.
 
-    python prepare_fineweb.py                                          the paper's data, already tokenised: 19.9 GB
-    python prepare_fineweb.py --shards=5                               validation and the first 5 training shards: 1.2 GB
-    python prepare_fineweb.py --input a.txt 'b/*.jsonl.gz' --out=data/mine    your own text
-    python prepare_fineweb.py verify --out=data/mine                   read everything again and compare
+    python prepare_fineweb.py                           the paper's data, already tokenised: 100 files, 19.9 GB
+    python prepare_fineweb.py --shards=5                its validation shard and first 5 training shards: 1.2 GB
+    python prepare_fineweb.py --input=FILES --out=DIR   your own text (.txt, .jsonl, .gz of both, .parquet)
+    python prepare_fineweb.py verify --out=DIR          read everything again and compare
 
-A shard (the format of llm.c and modded-nanogpt) is a header of 256 little-endian int32: magic 20240520, version 1, number
-of tokens, zeros; then that many little-endian uint16 tokens. A document STARTS with the end-of-text token. Files are named
-*_train_%06d.bin and *_val_%06d.bin. meta.json beside them names the tokenizer and lists the files; without one the
-tokenizer is GPT-2's. Nothing here carries a shard's name before every byte of it is on the disk.
+A shard (the format of llm.c and modded-nanogpt) is a header of 256 little-endian int32: magic 20240520, version 1,
+number of tokens, zeros; then that many little-endian uint16 tokens. A document STARTS with the end-of-text token.
+Files are named *_train_%06d.bin and *_val_%06d.bin. meta.json beside them names the tokenizer and lists the files;
+without it the tokenizer is GPT-2's. No file carries a shard's name before every byte of it is on the disk.
 """
 
 import argparse
@@ -27,68 +27,64 @@ import sysconfig
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from contextlib import contextmanager
+from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-SHARD_TOKENS = 100_000_000                  # 200 MB a file, as the published shards
-FINEWEB_FOLDER = "data/fineweb_edu10B"
-BATCH_BYTES = 1 << 20                       # text handed to a worker at once; also the longest piece of a plain text
-STAGE = ".unfinished"                       # shards lie in this sub-folder, where nobody looks, until all are written
+SHARD_TOKENS = 100_000_000           # 200 MB a file, like the published shards
+BATCH = 1 << 20                      # bytes of text a worker gets at once; also characters in a piece of a plain text
+STAGE = ".unfinished"                # finished shards wait in this sub-folder, where nothing looks, for the rest
 
 
 class InputError(ValueError):
-    """The user's files, flags or machine are at fault; the message is one line: what, which file, what to do."""
+    """A file, a flag, the network or the machine is at fault. One line: what is wrong, where, and what to do."""
 
 
-# ---- the format -----------------------------------------------------------------------------------------------------
+# ---- the format ------------------------------------------------------------------------------------------------------
 
 def write_shard(path, tokens):
-    """Write a 1-D sequence of token ids (0..65535) as the shard `path`; the file appears whole or not at all."""
+    """Write token ids (N,), each in 0..65535, as the shard `path`; it appears whole or not at all."""
     tokens = np.asarray(tokens)
     if tokens.size == 0 or tokens.min() < 0 or tokens.max() > 65535:
-        raise InputError(f"{path}: a shard holds at least one token, each in 0..65535")
+        raise InputError(f"{path}: a shard holds at least one token, and each is in 0..65535")
     with atomic(path) as file:
-        file.write(header(len(tokens)))
-        file.write(tokens.astype("<u2").tobytes())
+        file.write(header(len(tokens)) + tokens.astype("<u2").tobytes())
 
 
 def read_shard(path):
-    """All tokens of a shard, (N,) uint16. InputError as in shard_tokens."""
+    """All tokens of a shard, (N,) uint16. InputError as shard_tokens and read_window."""
     return read_window(path, 0, shard_tokens(path))
 
 
 def read_window(path, start, count):
-    """Tokens start .. start + count of a shard, (count,) uint16. A plain read: a file that was cut off or taken away
-    after it was opened gives InputError, where a memory map would kill the process with SIGBUS."""
+    """Tokens start .. start + count of a shard, (count,) uint16. A plain read: where a memory map of a file that was
+    cut off meanwhile kills the process with SIGBUS, this raises InputError."""
     try:
         tokens = np.fromfile(path, "<u2", count, offset=HEADER_BYTES + 2 * start)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy(path)}") from None
+        raise unsound(path, f"cannot be read ({error.strerror})") from None
     if len(tokens) != count:
-        raise InputError(f"{path}: has only {len(tokens)} of {count} tokens from token {start} on; {remedy(path)}")
+        raise unsound(path, f"ends {count - len(tokens)} tokens before token {start + count}")
     return tokens
 
 
 def shard_tokens(path):
-    """Number of tokens in a shard, from its header and length alone. InputError when magic, version, count and length
-    do not agree, or when it is empty."""
+    """Number of tokens in a shard, by its header and length alone. InputError when these disagree or it is empty."""
     try:
         with open(path, "rb") as file:
             head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy(path)}") from None
+        raise unsound(path, f"cannot be read ({error.strerror})") from None
     if len(head) < HEADER_BYTES:
-        raise InputError(f"{path}: {size} bytes are too few for a shard's {HEADER_BYTES}-byte header; {remedy(path)}")
-    magic, version, count = (int(n) for n in np.frombuffer(head, "<i4", 3))
-    if magic != MAGIC or version != VERSION:
-        raise InputError(f"{path}: magic {magic} version {version}, but a shard has magic {MAGIC} version {VERSION}; "
-                         f"{remedy(path)}")
+        raise unsound(path, f"{size} bytes are less than a shard's header of {HEADER_BYTES}")
+    magic, version, count = (int(field) for field in np.frombuffer(head, "<i4", 3))
+    if (magic, version) != (MAGIC, VERSION):
+        raise unsound(path, f"magic {magic} version {version} where a shard has magic {MAGIC} version {VERSION}")
     if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise InputError(f"{path}: the header counts {count} tokens, so {HEADER_BYTES + 2 * max(count, 1)} bytes, "
-                         f"but the file has {size}; {remedy(path)}")
+        raise unsound(path, f"{size} bytes do not fit the {count} tokens that its header counts")
     return count
 
 
@@ -98,28 +94,42 @@ def header(count):
     return fields.tobytes()
 
 
-def remedy(path):
-    return f"remove it and run the command that made it again (python prepare_fineweb.py ... --out={folder_of(path)})"
+def examine(path, eot, n_vocab):
+    """Read a whole shard, some MB at a time: {tokens, documents, bytes, sha256}. InputError when it is not sound."""
+    size, documents, sha256 = HEADER_BYTES + 2 * shard_tokens(path), 0, hashlib.sha256()
+    with open(path, "rb") as file:
+        sha256.update(file.read(HEADER_BYTES))
+        while chunk := file.read(1 << 22):
+            sha256.update(chunk)
+            tokens = np.frombuffer(chunk, "<u2")
+            documents += int(np.count_nonzero(tokens == eot))
+            if tokens.max() >= n_vocab:
+                raise unsound(path, f"token {tokens.max()} is not in the vocabulary of {n_vocab}")
+    return {"tokens": (size - HEADER_BYTES) // 2, "documents": documents, "bytes": size, "sha256": sha256.hexdigest()}
 
 
-def folder_of(path):
-    return os.path.dirname(path) or "."
+def unsound(path, what):
+    return InputError(f"{path}: {what}; remove it and run the command that made it again "
+                      f"(python prepare_fineweb.py ... --out={os.path.dirname(path) or '.'})")
 
 
-# ---- tokenizers -----------------------------------------------------------------------------------------------------
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+END_TEXT, UNKNOWN = b"<|endoftext|>", "\ufffd".encode()
+
 
 class ByteTokenizer:
-    """Token = UTF-8 byte; 256 ends (and starts) a document. Needs no files."""
+    """A token is a byte of UTF-8; 256 is the end of text. Needs no files."""
     name, n_vocab, eot = "bytes", 257, 256
 
     def encode_array(self, text):
-        return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+        return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.uint16)
 
     def encode(self, text):
-        return list(well_formed(text).encode())
+        return self.encode_array(text).tolist()
 
     def decode(self, ids):
-        parts = (bytes([i]) if i < 256 else b"<|endoftext|>" if i == 256 else "\ufffd".encode() for i in ids)
+        parts = (bytes([i]) if i < 256 else END_TEXT if i == 256 else UNKNOWN for i in ids)
         return b"".join(parts).decode(errors="replace")
 
     def n_bytes(self, ids):
@@ -127,28 +137,31 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken. Special-token text inside a document is data, never a token."""
-    name = "gpt2"
+    """GPT-2's byte-pair encoding, by tiktoken. Special-token text inside a document is data, never a token."""
+    name, n_vocab, eot = "gpt2", 50257, 50256
 
     def __init__(self):
+        import requests
         import tiktoken
-        self.bpe = tiktoken.get_encoding("gpt2")
-        self.n_vocab, self.eot = self.bpe.n_vocab, self.bpe.eot_token
-        self.lengths = np.array([len(self.bpe.decode_single_token_bytes(i)) for i in range(self.n_vocab)])
-        self.lengths[self.eot] = 0
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except (requests.RequestException, OSError, ValueError) as error:
+            raise InputError(f"tiktoken cannot get the vocabulary of GPT-2 ({type(error).__name__}); go online once, "
+                             "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes") from None
+        self.bytes = [self.bpe.decode_single_token_bytes(i) for i in range(self.n_vocab)]
+        self.lengths = np.array([len(token) for token in self.bytes[:self.eot]] + [0])
 
-    def encode_array(self, text):                # the same ids as encode_ordinary, without a list of Python integers
+    def encode_array(self, text):         # the ids of encode_ordinary, without making a Python integer of each
         return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def encode(self, text):
         return self.bpe.encode_ordinary(text)
 
-    def decode(self, ids):                       # a model's vocabulary is padded: ids beyond ours stand for nothing
-        parts = (self.bpe.decode_single_token_bytes(int(i)) if i < self.n_vocab else "\ufffd".encode() for i in ids)
-        return b"".join(parts).decode(errors="replace")
+    def decode(self, ids):                # a model's vocabulary is padded: what lies beyond ours has no text
+        return b"".join(self.bytes[i] if i < self.n_vocab else UNKNOWN for i in ids).decode(errors="replace")
 
     def n_bytes(self, ids):
-        return int(self.lengths[np.asarray(ids, dtype=np.int64)].sum())
+        return int(self.lengths[np.asarray(ids, np.int64)].sum())
 
 
 TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}
@@ -156,32 +169,18 @@ TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}
 
 @functools.cache
 def get_tokenizer(name):
-    """The tokenizer "gpt2" or "bytes": .name .n_vocab .eot .encode(text) .decode(ids), and .n_bytes(ids), the number of
-    UTF-8 bytes the ids stand for (the end-of-text token stands for none). InputError when it cannot be had."""
-    import requests
+    """The tokenizer "gpt2" or "bytes": .name .n_vocab .eot .encode(text) .decode(ids) and .n_bytes(ids), the number of
+    UTF-8 bytes the ids stand for (end of text stands for none). InputError when there is none or it cannot be had."""
     if name not in TOKENIZERS:
-        raise InputError(f"unknown tokenizer {name!r}; there are {', '.join(TOKENIZERS)}")
-    try:
-        return TOKENIZERS[name]()
-    except (requests.RequestException, OSError, ValueError) as error:
-        raise InputError(f"tiktoken cannot get GPT-2's vocabulary ({type(error).__name__}); connect to the network once, "
-                         "or set TIKTOKEN_CACHE_DIR to a folder that holds it, or take --tokenizer=bytes") from None
+        raise InputError(f"unknown tokenizer {name!r}; there are {' and '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]()
 
 
-def well_formed(text):
-    """The text with lone surrogates (JSON can spell them) replaced by U+FFFD, as tiktoken does."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-# ---- a folder of shards ---------------------------------------------------------------------------------------------
+# ---- a folder of shards ----------------------------------------------------------------------------------------------
 
 def read_meta(folder):
-    """meta.json of a folder of shards: "tokenizer" always; "n_vocab", "eot", "files" {name: {tokens, documents, bytes,
-    sha256}} where known. A folder without meta.json holds GPT-2 tokens."""
+    """meta.json of a folder: "tokenizer"; where known also "n_vocab", "eot" and "files", {name: {tokens, documents,
+    bytes, sha256}}. A folder without one holds GPT-2 tokens. InputError when it cannot be used."""
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
         return {"tokenizer": "gpt2"}
@@ -192,19 +191,18 @@ def read_meta(folder):
             raise ValueError(f"unknown tokenizer {meta['tokenizer']!r}")
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be used ({error}); {remedy(path)}") from None
+        raise unsound(path, f"cannot be used ({error!r})") from None
 
 
 def find_shards(folder, split):
-    """Sorted paths of the "train" or "val" shards of a folder. InputError when there are none, or when a file that
-    meta.json lists is not there (an interrupted run, or somebody removed it)."""
-    meta, names = read_meta(folder), shard_names(folder, split)
-    if lost := missing(folder, meta):
-        raise InputError(f"{folder}: {lost[0]} and {len(lost) - 1} more of the files in its meta.json are not there; "
-                         f"run the command that made it again (python prepare_fineweb.py ... --out={folder})")
-    if not names:
-        raise InputError(f"{folder}: no {split} shard (*_{split}_000000.bin); to make some: "
-                         f"python prepare_fineweb.py [--input FILES] --out={folder}")
+    """Sorted paths of the "train" or "val" shards. InputError when there is none, or when one that meta.json lists is
+    gone: a run was interrupted, or somebody took it."""
+    if gone := missing(folder, read_meta(folder)):
+        raise InputError(f"{folder}: {gone[0]} is not there but meta.json lists it ({len(gone)} such files); run the "
+                         f"command that made this folder again (python prepare_fineweb.py ... --out={folder})")
+    if not (names := shard_names(folder, split)):
+        raise InputError(f"{folder}: no {split} shard (*_{split}_000000.bin) here; to get the paper's data: "
+                         f"python prepare_fineweb.py --out={folder}, or with --input=FILES your own text")
     return [os.path.join(folder, name) for name in names]
 
 
@@ -217,9 +215,14 @@ def missing(folder, meta):
     return [name for name in meta.get("files", {}) if not os.path.exists(os.path.join(folder, name))]
 
 
+def write_meta(folder, meta):
+    with atomic(os.path.join(folder, "meta.json")) as file:
+        file.write(json.dumps(meta, indent=1).encode())
+
+
 @contextmanager
 def atomic(path):
-    """A file to write, under another name until all of it is on the disk."""
+    """A file to write, that takes the name `path` once all of it is on the disk."""
     part = f"{path}.part"
     try:
         with open(part, "wb") as file:
@@ -232,66 +235,66 @@ def atomic(path):
 
 
 def settle(part, path):
-    """Give the complete file `part` its final name, so that a power cut leaves either all of it or none."""
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
+    """Rename a complete file so that even a power cut leaves all of it or nothing under the new name."""
+    sync(part)
     os.replace(part, path)
-    folder = os.open(folder_of(path), os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(os.path.dirname(path) or ".")
 
 
-def write_meta(folder, meta):
-    with atomic(os.path.join(folder, "meta.json")) as file:
-        file.write(json.dumps(meta, indent=1).encode())
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 @contextmanager
 def locked(folder, wait=False):
-    """Hold the folder for this process alone. The kernel frees the lock when the process ends, however it ends."""
+    """Keep other runs out of the folder. The kernel takes the lock back when this process ends, however it ends."""
     import fcntl
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise InputError(f"{folder}: another prepare_fineweb.py is writing here; wait for it, or choose another --out "
-                             "folder") from None
+            raise InputError(f"{folder}: another run is writing here; wait for it or choose another --out") from None
         yield
 
 
-def examine(path, eot):
-    """Read a whole shard, a few MB at a time: {tokens, documents, bytes, sha256} as in meta.json, and its largest id."""
-    shard_tokens(path)
-    sha256, tokens, documents, largest = hashlib.sha256(), 0, 0, 0
-    with open(path, "rb") as file:
-        sha256.update(file.read(HEADER_BYTES))
-        while chunk := file.read(1 << 22):
-            ids = np.frombuffer(chunk, "<u2")
-            sha256.update(chunk)
-            tokens, documents = tokens + len(ids), documents + int(np.count_nonzero(ids == eot))
-            largest = max(largest, int(ids.max()))
-    facts = {"tokens": tokens, "documents": documents, "bytes": HEADER_BYTES + 2 * tokens, "sha256": sha256.hexdigest()}
-    return facts, largest
+class Progress:
+    """A line on stderr with share, rate and time left: once a second in place on a terminal, every 10 s elsewhere."""
+
+    def __init__(self, what, total, done=0):
+        self.what, self.total, self.first = what, max(total, 1), done
+        self.terminal, self.start = sys.stderr.isatty(), time.monotonic()
+        self.last = self.start
+
+    def update(self, done, note=""):
+        now = time.monotonic()
+        if now - self.last < (1 if self.terminal else 10):
+            return
+        self.last, rate = now, (done - self.first) / (now - self.start)
+        left = (self.total - done) / rate if rate > 0 else float("inf")
+        clock = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if left < 1e6 else "?"
+        line = (f"{self.what}: {100 * done / self.total:.1f} % of {self.total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s, "
+                f"{clock} left{note}")
+        line, end = (f"\r{line:<100}", "") if self.terminal else (line, "\n")
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
-# ---- text to tokens: documents -> encode -> cut ---------------------------------------------------------------------
+# ---- your own text: documents -> encode -> cut -----------------------------------------------------------------------
 
 def read_jsonl(stream):
-    """One JSON object a line; parsed by the workers, where the time is."""
-    for number, line in enumerate(stream, 1):
-        if line.strip():
-            yield "json", number, line
+    """One JSON object a line. Parsing is left to the workers."""
+    return (("json", number, line) for number, line in enumerate(stream, 1) if line.strip())
 
 
 def read_text(stream):
-    """A plain text is one document. It comes in pieces, so that its size does not matter: every piece ends between a
-    visible character and a space or newline, where GPT-2's pattern always ends a token, so the tokens stay the same."""
+    """A plain text is one document. It is read in pieces, so that its size does not matter; each ends between a visible
+    character and a space or newline, where GPT-2's pattern ends a token in any case: the tokens stay the same."""
     text, kind, rest = io.TextIOWrapper(stream, "utf-8-sig", "replace", newline=""), "start", ""
-    while chunk := text.read(BATCH_BYTES):
-        rest, seen = rest + chunk, len(rest)
-        cut = next((i for i in range(len(rest) - 1, max(seen, 1) - 1, -1)
-                    if rest[i] in " \n" and not rest[i - 1].isspace()), 0)
+    while chunk := text.read(BATCH):
+        rest, old = rest + chunk, max(len(rest), 1)
+        cut = next((i for i in range(len(rest) - 1, old - 1, -1) if rest[i] in " \n" and not rest[i - 1].isspace()), 0)
         if cut:
             yield kind, 1, rest[:cut]
             kind, rest = "more", rest[cut:]
@@ -299,14 +302,14 @@ def read_text(stream):
 
 
 def read_parquet(stream):
+    """The column `text`; every row is a document."""
     try:
-        import pyarrow.parquet
+        from pyarrow import parquet
     except ImportError:
-        raise InputError("reading .parquet needs pyarrow: pip install pyarrow, or give .jsonl files") from None
+        raise InputError("to read .parquet, pip install pyarrow; or give .jsonl files") from None
     row = 0
-    for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=256, columns=["text"]):
-        for text in batch.column(0).to_pylist():
-            row += 1
+    for batch in parquet.ParquetFile(stream).iter_batches(batch_size=256, columns=["text"]):
+        for row, text in enumerate(batch.column(0).to_pylist(), row + 1):
             yield "start", row, text or ""
 
 
@@ -315,101 +318,90 @@ READERS = {".txt": read_text, ".py": read_text, ".jsonl": read_jsonl, ".parquet"
 
 def reader_of(path):
     suffix = os.path.splitext(path.removesuffix(".gz"))[1]
-    if suffix not in READERS or (suffix == ".parquet" and path.endswith(".gz")):
-        raise InputError(f"{path}: unknown kind of file; known are .txt, .py, .jsonl, each also with .gz, and .parquet")
+    if suffix not in READERS:
+        raise InputError(f"{path}: unknown kind of file; known are {', '.join(READERS)}, each also with .gz")
     return READERS[suffix]
 
 
 def batches(paths):
-    """Batches of documents of about BATCH_BYTES, never across files: (path, input bytes read so far, documents)."""
-    done = 0
+    """Documents by the batch, about BATCH bytes of one file: (path, bytes of all files read so far, documents)."""
+    before = 0
     for path in paths:
         with open(path, "rb") as raw:
-            batch, size = [], 0
+            stream, batch, size = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw, [], 0
             try:
-                for document in reader_of(path)(gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw):
+                for document in reader_of(path)(stream):
                     batch.append(document)
                     size += len(document[2])
-                    if size >= BATCH_BYTES:
-                        yield path, done + raw.tell(), batch
+                    if size >= BATCH:
+                        yield path, before + raw.tell(), batch
                         batch, size = [], 0
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise InputError(f"{path}: damaged gzip file ({error}); get it again") from None
-        done += os.path.getsize(path)
-        yield path, done, batch
+            before += os.fstat(raw.fileno()).st_size
+        yield path, before, batch
 
 
 def parse(line):
-    """The text of one line of a .jsonl file; ValueError says what is wrong with the line."""
+    """The text in one line of a .jsonl file. ValueError says what is wrong with the line. Bytes that are not UTF-8, and
+    surrogates without their other half, which JSON can spell, become U+FFFD."""
     try:
-        row = json.loads(line.decode("utf-8-sig", "replace"))
+        row = json.loads(line.decode("utf-8-sig", "replace"), strict=False)
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError('no string under "text"')
-    return row["text"]
+        raise ValueError('no string "text"')
+    return row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def encode(batch, tokenizer, val_fraction):
-    """Tokens of a batch, in order: {path, done, documents: [(split or None for the rest of the one before, tokens)],
-    bad: [(line, reason)], empty, bytes, marked: documents with NUL or U+FFFD}. Runs in the workers."""
+def encode(batch, tokenizer):
+    """Runs in the workers: (path, bytes read, [(whether a document starts, tokens)], [(line, reason)] of what is
+    malformed, counts of bytes and of documents that are empty or odd, which is to have NUL or U+FFFD)."""
     path, done, records = batch
-    tokenizer = get_tokenizer(tokenizer)
-    out = {"path": path, "done": done, "documents": [], "bad": [], "empty": 0, "bytes": 0, "marked": 0}
+    documents, malformed, counts = [], [], Counter()
     for kind, line, text in records:
         try:
-            text = well_formed(parse(text) if kind == "json" else text)
+            text = parse(text) if kind == "json" else text
         except ValueError as error:
-            out["bad"].append((line, str(error)))
+            malformed.append((line, str(error)))
             continue
         if kind != "more" and not text.strip():
-            out["empty"] += 1
+            counts["empty"] += 1
             continue
-        out["bytes"] += len(text.encode())
-        out["marked"] += "\0" in text or "\ufffd" in text
-        tokens = tokenizer.encode_array(text)
-        if kind == "more":
-            out["documents"].append((None, tokens))
-        else:
-            out["documents"].append((split_of(text, val_fraction), np.append(np.uint16(tokenizer.eot), tokens)))
-    return out
-
-
-def split_of(text, val_fraction):
-    """By a hash of the document's beginning: equal documents fall on the same side, on every machine and in any order."""
-    digest = hashlib.blake2b(text[:1 << 16].encode(), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+        counts["bytes"] += len(text.encode())
+        counts["odd"] += "\0" in text or "\ufffd" in text
+        tokens = get_tokenizer(tokenizer).encode_array(text)
+        if kind != "more":
+            tokens = np.append(np.uint16(TOKENIZERS[tokenizer].eot), tokens)
+        documents.append((kind != "more", tokens))
+    return path, done, documents, malformed, counts
 
 
 def in_order(function, items, workers):
-    """map(function, items) by several processes. Results come in the order of items; only a few are alive at a time.
-    (concurrent.futures and not multiprocessing.Pool: a Pool waits for ever when one of its processes is killed.)"""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
+    """map(function, items) by several processes: results in the order of items, only a few of them alive at a time.
+    (Not by multiprocessing.Pool, which waits for ever when one of its processes is killed.)"""
+    from concurrent.futures import ProcessPoolExecutor, process
     from multiprocessing import get_context
     waiting = deque()
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             for item in items:
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})    # inherited: Ctrl-C is the parent's to handle
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})     # workers inherit it: Ctrl-C is for us
                 waiting.append(pool.submit(function, item))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 if len(waiting) == 4 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise InputError("a worker process was killed (out of memory?); try again with fewer --workers") from None
+        except process.BrokenProcessPool:
+            raise InputError("a worker process was killed (out of memory?); try fewer --workers") from None
         finally:
             for future in waiting:
                 future.cancel()
 
 
 def end_with_parent():
-    """Start a thread that ends this worker when its parent is gone: a killed run must leave no process behind."""
+    """Let this worker end when its parent does: a killed run must leave no process behind."""
     from multiprocessing import connection, parent_process
 
     def watch():
@@ -420,136 +412,132 @@ def end_with_parent():
 
 
 class SplitWriter:
-    """Cuts the tokens of one split into files of `limit` tokens each; a document may run over into the next file."""
+    """Cuts the tokens of one split into files of `limit` tokens; a document may run over into the next file."""
 
-    def __init__(self, folder, prefix, limit):
-        self.stem, self.limit = os.path.join(folder, prefix), limit
-        self.paths, self.tokens, self.room, self.file = [], 0, 0, None
+    def __init__(self, stem, limit):
+        self.stem, self.limit, self.paths, self.tokens, self.room, self.file = stem, limit, [], 0, 0, None
 
     def append(self, tokens):
         self.tokens += len(tokens)
         while len(tokens):
-            if self.room == 0:
+            if not self.room:
                 self.close()
                 self.paths.append(f"{self.stem}_{len(self.paths):06d}.bin")
                 self.file, self.room = open(self.paths[-1], "wb"), self.limit
                 self.file.write(header(0))
-            self.file.write(tokens[:self.room].astype("<u2").tobytes())
-            tokens, self.room = tokens[self.room:], self.room - min(self.room, len(tokens))
+            now, tokens = tokens[:self.room], tokens[self.room:]
+            self.file.write(now.astype("<u2").tobytes())
+            self.room -= len(now)
 
     def close(self):
         if self.file:
             self.file.seek(0)
             self.file.write(header(self.limit - self.room))
-            self.file.flush()
-            os.fsync(self.file.fileno())
             self.file.close()
             self.file, self.room = None, 0
 
 
-def tokenise(paths, folder, tokenizer="gpt2", workers=1, shard_tokens=SHARD_TOKENS, val_fraction=0.01, max_bad_lines=100,
-             prefix="text"):
-    """Turn text files into the shards of `folder` and return their meta. About `val_fraction` of the documents, chosen by
-    hash, are held out. The result depends on the files and these settings, never on `workers`. Hold the folder's lock."""
-    kinds = [reader_of(path) for path in paths]                # refuse an unknown kind before the work, not in the middle
-    stats = [os.stat(path) for path in paths]
-    recipe = {"inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)],
+def tokenise(paths, folder, tokenizer="gpt2", workers=1, shard_tokens=SHARD_TOKENS, val_fraction=0.01,
+             max_bad_lines=100, prefix="text"):
+    """Make the shards of `folder` (whose lock the caller holds) from text files; returns its meta. Every
+    1/val_fraction-th document is held out. The result depends on files and settings, not on the number of workers."""
+    kinds, stats = [reader_of(path) for path in paths], [os.stat(path) for path in paths]
+    recipe = {"inputs": [[os.path.basename(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)],
               "tokenizer": tokenizer, "shard_tokens": shard_tokens, "val_fraction": val_fraction}
     if done_before(folder, recipe):
-        print(f"{folder}: already complete, made from these files with these settings")
+        print(f"{folder}: these shards are there already, made from the same files with the same settings")
         return read_meta(folder)
-    get_tokenizer(tokenizer)
+    get_tokenizer(tokenizer)                                      # if it cannot be had, say so before the work
     stage, size = os.path.join(folder, STAGE), sum(stat.st_size for stat in stats)
     shutil.rmtree(stage, ignore_errors=True)
     os.mkdir(stage)
-    train, val = (SplitWriter(stage, f"{prefix}_{split}", shard_tokens) for split in ("train", "val"))
-    work = functools.partial(encode, tokenizer=tokenizer, val_fraction=val_fraction)
-    results = in_order(work, batches(paths), min(workers, 1 + size // BATCH_BYTES) if kinds else 1)
     try:
-        counts = write_splits(results, train, val, Progress("tokenising", size), max_bad_lines)
-        if val_fraction and not val.tokens and train.tokens > 1:
-            hold_out_tail(train, val, val_fraction, get_tokenizer(tokenizer).eot)
+        train, val = (SplitWriter(os.path.join(stage, f"{prefix}_{split}"), shard_tokens) for split in ("train", "val"))
+        work = functools.partial(encode, tokenizer=tokenizer)
+        workers = workers if read_parquet in kinds else min(workers, 1 + size // BATCH)
+        results = map(work, batches(paths)) if workers == 1 else in_order(work, batches(paths), workers)
+        counts = write_splits(results, train, val, val_fraction, max_bad_lines, Progress("tokenising", size))
+        if val_fraction and not val.tokens:
+            hold_out_tail(train, val, val_fraction, TOKENIZERS[tokenizer].eot)
         meta = publish(stage, folder, tokenizer, recipe)
-    except BaseException:
+    finally:
         shutil.rmtree(stage, ignore_errors=True)
-        raise
-    print(f"{folder}: {len(train.paths)} train and {len(val.paths)} val shards, {train.tokens:,} + {val.tokens:,} {tokenizer} "
-          f"tokens from {counts['bytes']:,} bytes of text in {len(paths)} files; {counts['empty']} empty documents and "
-          f"{counts['bad']} malformed lines left out, {counts['marked']} documents with NUL or U+FFFD kept")
+    print(f"{folder}: {train.tokens:,} tokens to train on in {len(train.paths)} shards, {val.tokens:,} held out in "
+          f"{len(val.paths)}, from {counts['bytes']:,} bytes of text; left out: {counts['empty']} empty documents, "
+          f"{counts['malformed']} malformed lines; kept: {counts['odd']} documents with NUL or U+FFFD (not UTF-8)")
     return meta
 
 
 def done_before(folder, recipe):
-    """True when these very shards are there already. A run cut short is done again; anything else is not ours to touch."""
+    """Whether these very shards are there. The same, cut short, are to be made again; others are not ours to touch."""
     meta = read_meta(folder)
     if meta.get("recipe") == recipe:
         return not missing(folder, meta)
     if "files" in meta or shard_names(folder):
-        raise InputError(f"{folder}: holds other shards (other input files or settings); choose another --out folder, or "
-                         "remove this one first")
+        raise InputError(f"{folder}: holds shards made from other files or settings; remove it or choose another --out")
     return False
 
 
-def write_splits(results, train, val, progress, max_bad_lines):
-    """Append every encoded document to its split; count what was left out, and stop at too many malformed lines."""
-    counts, writer = {"bytes": 0, "empty": 0, "bad": 0, "marked": 0}, train
-    for result in results:
-        for line, reason in result["bad"]:
-            counts["bad"] += 1
-            if counts["bad"] > max_bad_lines:
-                raise InputError(f"{result['path']}:{line}: {reason}; {counts['bad']} malformed lines, more than "
-                                 f"--max_bad_lines={max_bad_lines}; nothing was written")
-            if counts["bad"] <= 5:
-                print(f"{result['path']}:{line}: {reason}; line left out", file=sys.stderr)
-        for split, tokens in result["documents"]:
-            if split:                                           # None: more of the document before
-                writer = val if split == "val" and train.tokens else train      # the first document always trains
+def write_splits(results, train, val, val_fraction, max_bad_lines, progress):
+    """Append each document to its split and close both. Returns the counts; stops at too many malformed lines."""
+    total, writer = Counter(), train
+    for path, done, documents, malformed, counts in results:
+        for line, reason in malformed:
+            total["malformed"] += 1
+            if total["malformed"] > max_bad_lines:
+                raise InputError(f"{path}:{line}: {reason}; these are more malformed lines than --max_bad_lines="
+                                 f"{max_bad_lines}, so nothing was written")
+            if total["malformed"] <= 10:
+                print(f"{path}:{line}: {reason}; left out", file=sys.stderr)
+        for starts, tokens in documents:
+            if starts:                                            # else more of the document before
+                total["documents"] += 1
+                n = total["documents"]                            # with 0.01, documents 100, 200, ... are held out
+                writer = val if int(n * val_fraction) > int((n - 1) * val_fraction) else train
             writer.append(tokens)
-        for name in ("bytes", "empty", "marked"):
-            counts[name] += result[name]
-        progress.update(result["done"], f"{train.tokens + val.tokens:,} tokens")
-    progress.end()
+        total.update(counts)
+        progress.update(done, f", {train.tokens + val.tokens:,} tokens")
     if not train.tokens:
-        raise InputError("there is no text in the input files; nothing was written")
+        raise InputError("there is no text in these files; nothing was written")
     train.close()
     val.close()
-    return counts
+    return total
 
 
 def hold_out_tail(train, val, fraction, eot):
-    """No document fell to validation (a single text, say): the end of the last training shard becomes the validation."""
+    """No document fell to validation (there was only one?): hold out the end of the last training shard instead."""
     tokens = read_shard(train.paths[-1])
-    keep = len(tokens) - min(len(tokens) // 2, max(1, int(fraction * train.tokens)))
-    write_shard(train.paths[-1], tokens[:keep])
-    val.append(np.append(np.uint16(eot), tokens[keep:]))
+    tail = min(len(tokens) // 2, max(1, int(fraction * train.tokens)))
+    write_shard(train.paths[-1], tokens[:len(tokens) - tail])
+    train.tokens -= tail
+    val.append(np.append(np.uint16(eot), tokens[len(tokens) - tail:]))
     val.close()
-    train.tokens -= len(tokens) - keep
-    print(f"no whole document fell to validation, so the last {len(tokens) - keep:,} tokens are held out")
+    print(f"no document fell to validation as a whole: the last {tail:,} tokens are held out instead")
 
 
 def publish(stage, folder, tokenizer, recipe):
-    """Move finished shards to where train.py looks. meta.json goes first: it lists them all, and find_shards refuses a
-    folder where one of the list is missing, so a kill between two renames leaves nothing that could be trained on."""
-    encoding = get_tokenizer(tokenizer)
-    files = {name: examine(os.path.join(stage, name), encoding.eot)[0] for name in shard_names(stage)}
-    meta = {"tokenizer": tokenizer, "n_vocab": encoding.n_vocab, "eot": encoding.eot, "files": files, "recipe": recipe}
+    """Move the shards to where train.py looks. meta.json goes first and lists them all: as long as one is missing,
+    find_shards refuses the folder, so a kill between two renames leaves nothing to train on."""
+    kind = TOKENIZERS[tokenizer]
+    files = {name: examine(os.path.join(stage, name), kind.eot, kind.n_vocab) for name in shard_names(stage)}
+    meta = {"tokenizer": tokenizer, "n_vocab": kind.n_vocab, "eot": kind.eot, "files": files, "recipe": recipe}
     write_meta(folder, meta)
     for name in files:
         settle(os.path.join(stage, name), os.path.join(folder, name))
-    os.rmdir(stage)
     return meta
 
 
 def write_default_shards(folder):
-    """Data for a machine that has none: the source files of this Python's standard library as bytes, about 12 MB in a fixed
-    order, a twentieth of the files held out. Returns the meta; a complete folder is used as it is."""
+    """Data for a machine that has none: the source files of Python's own standard library as bytes, about 12 MB in a
+    fixed order, a twentieth of the files held out. Returns the meta; a complete folder is used as it is."""
     try:
         with locked(folder, wait=True):
-            if "files" in (meta := read_meta(folder)) and not missing(folder, meta):
+            meta = read_meta(folder)
+            if "files" in meta and not missing(folder, meta):
                 return meta
             paths = standard_library_files()
-            print(f"{folder}: writing byte-level shards from {len(paths)} source files of Python's standard library "
-                  f"({sum(map(os.path.getsize, paths)):,} bytes)")
+            print(f"{folder}: writing byte-level shards from the {len(paths)} source files of Python's standard "
+                  f"library, {sum(map(os.path.getsize, paths)):,} bytes")
             return tokenise(paths, folder, "bytes", val_fraction=0.05, prefix="stdlib")
     except OSError as error:
         raise InputError(f"{folder}: the default data cannot be written ({error})") from None
@@ -562,75 +550,316 @@ def standard_library_files():
         subfolders[:] = [name for name in subfolders if name not in skip]
         paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     if not paths:
-        raise InputError(f"{root}: this Python came without its source files; give your own text (README, prepare_fineweb.py)")
+        raise InputError(f"{root}: this Python has no source files; make shards from your own text with --input=FILES")
     return sorted(paths)
 
 
-class Progress:
-    """One line on stderr with share, rate and time left: rewritten every second on a terminal, else every 10 s a line."""
+# ---- the paper's data: download --------------------------------------------------------------------------------------
 
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.first = what, max(total, 1), done
-        self.terminal, self.start = sys.stderr.isatty(), time.monotonic()
-        self.last = self.start
-
-    def update(self, done, note=""):
-        now = time.monotonic()
-        if now - self.last < (1 if self.terminal else 10):
-            return
-        self.last, rate = now, max(done - self.first, 1) / (now - self.start)
-        left = (self.total - done) / rate
-        line = (f"{self.what}: {100 * done / self.total:5.1f} %  {done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB  "
-                f"{rate / 1e6:.1f} MB/s  {left // 60:.0f} min {left % 60:02.0f} s left  {note}")
-        print(line, end="\r" if self.terminal else "\n", file=sys.stderr, flush=True)
-
-    def end(self):
-        if self.terminal and self.last > self.start:
-            print(file=sys.stderr)
+REPO, TRAIN_SHARDS = "kjj0/finewebedu10B-gpt2", 99
+FINEWEB_FOLDER = "data/fineweb_edu10B"
+LONGEST_WAIT = 600                   # seconds a server may ask for before we leave it to the user
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+def published(shards):
+    """{name: bytes} of the validation shard and the first training shards, as they lie in REPO."""
+    names = ["finewebedu_val_000000.bin"] + [f"finewebedu_train_{i:06d}.bin" for i in range(1, shards + 1)]
+    return {name: 107_979_712 if name == "finewebedu_train_000099.bin" else 200_001_024 for name in names}
+
+
+class Retry(Exception):
+    """Worth another try, not sooner than `wait` seconds from now; `cost` counts towards the number of attempts."""
+
+    def __init__(self, reason, wait=0.0, cost=1):
+        super().__init__(reason)
+        self.wait, self.cost = wait, cost
+
+
+class Hub:
+    """HTTP to HF_ENDPOINT. HF_TOKEN goes to that scheme, host and port alone; no message has it or a URL's query."""
+
+    def __init__(self):
+        self.endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
+        token = os.environ.get("HF_TOKEN", "").strip()
+        if not re.match(r"https?://[^/]", self.endpoint):
+            raise InputError("HF_ENDPOINT is not an address like https://huggingface.co")
+        if not re.fullmatch(r"[!-~]*", token):
+            raise InputError("HF_TOKEN contains characters that no token has; set it again or unset it")
+        self.secret = {"Authorization": f"Bearer {token}"} if token else {}
+
+    def get(self, path, **headers):
+        """The open response, 200 or 206, to a GET. Retry for what may pass, InputError for what will not."""
+        import requests
+        url = f"{self.endpoint}/{path}"
+        for _ in range(10):
+            secret = self.secret if origin(url) == origin(self.endpoint) else {}
+            try:       # redirects are followed here, to decide on the token each time; `auth` keeps out ~/.netrc
+                response = requests.get(url, headers={"Accept-Encoding": "identity", **headers, **secret}, stream=True,
+                                        timeout=(10, 60), allow_redirects=False, auth=lambda request: request)
+            except requests.RequestException as error:
+                raise Retry(f"no answer from {urlsplit(url).hostname} ({type(error).__name__})") from None
+            if not response.is_redirect:
+                return checked(response)
+            response.close()
+            url = urljoin(url, response.headers["Location"])
+        raise Retry("redirected in a circle")
+
+    def listing(self):
+        """{name: (bytes, sha256)} of the repository's large files, as the hub's tree listing has it."""
+        with self.get(f"api/datasets/{REPO}/tree/main") as response:
+            try:
+                return {row["path"]: (int(row["size"]), row["lfs"]["oid"]) for row in response.json() if "lfs" in row}
+            except (ValueError, KeyError, TypeError, OSError):
+                raise Retry("it makes no sense") from None
+
+
+def origin(url):
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def checked(response):
+    """The response if it brings data; the error that it stands for if not."""
+    status, web_page = response.status_code, "text/html" in response.headers.get("Content-Type", "")
+    if status in (200, 206) and not web_page:
+        return response
+    response.close()
+    if status in (200, 206):
+        raise Retry("a web page came instead of the file")
+    if status in (408, 416, 425, 429) or status >= 500:
+        raise Retry(f"HTTP {status}", seconds(response.headers.get("Retry-After", "")))
+    hint = "; set HF_TOKEN to a token that may read it" if status in (401, 403) else ""
+    raise InputError(f"HTTP {status} from {urlsplit(response.url).hostname}{hint}")
+
+
+def seconds(retry_after):
+    """A Retry-After header, a number of seconds or a date, as seconds from now."""
+    from email.utils import parsedate_to_datetime
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def again(name, action, stop, backoff, attempts=8, progress=lambda: 0):
+    """action(), repeated after a Retry with exponential back-off (`backoff` seconds at first) until `attempts` in a row
+    brought nothing new. None when `stop` is set."""
+    failures, best = 0, progress()
+    while not stop.is_set():
+        try:
+            return action()
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        except Retry as error:
+            failures = error.cost + (failures if progress() <= best else 0)
+            best, wait = max(best, progress()), max(error.wait, min(60, backoff * 2 ** (failures - 1)))
+            if wait > LONGEST_WAIT:
+                raise InputError(f"{name}: {error}; the server asks to wait {wait:.0f} s, so try again then") from None
+            if failures >= attempts:
+                raise InputError(f"{name}: {error}; no luck in {attempts} tries, run this again to go on") from None
+            print(f"{name}: {error}; trying again in {wait:.0f} s", file=sys.stderr)
+            stop.wait(wait)
+
+
+def transfer(hub, name, size, part, stop, got):
+    """One connection: append to the file `part` what it lacks of `size` bytes; begin anew where the server does."""
+    import requests
+    have = size_of(part)
+    if have >= size:
+        return
+    resume = {"Range": f"bytes={have}-"} if have else {}
+    with hub.get(f"datasets/{REPO}/resolve/main/{name}", **resume) as response, open(part, "ab") as file:
+        start, place = have if response.status_code == 206 else 0, response.headers.get("Content-Range", "")
+        if start and not place.startswith(f"bytes {start}-"):
+            raise Retry(f"the server sent {place!r} when asked to go on at byte {start}")
+        due = response.headers.get("Content-Length", size - start)
+        if int(due) != size - start:
+            raise Retry(f"the server offers {due} bytes where {size - start} are due")
+        file.truncate(start)
+        file.seek(start)
+        try:
+            for chunk in response.iter_content(1 << 18):
+                file.write(chunk)
+                file.flush()
+                got[name] = file.tell()
+                if stop.is_set() or got[name] > size:
+                    break
+        except requests.RequestException as error:
+            raise Retry(f"connection lost ({type(error).__name__})") from None
+    if size_of(part) < size:
+        raise Retry(f"the connection ended at byte {size_of(part)} of {size}")
+
+
+def size_of(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def fetch(hub, name, size, sha256, folder, stop, backoff, got):
+    """Bring one shard into the folder. Returns its facts for meta.json, None when stopped; InputError if it cannot."""
+    path = os.path.join(folder, name)
+    part = f"{path}.part"
+
+    def attempt():
+        transfer(hub, name, size, part, stop, got)
+        try:
+            facts = examine(part, GPT2Tokenizer.eot, GPT2Tokenizer.n_vocab)
+            wrong = [key for key, value in (("bytes", size), ("sha256", sha256)) if value not in (None, facts[key])]
+        except InputError as error:
+            wrong = [str(error).split(";")[0]]
+        if wrong:                                 # twice wrong: it is not the line but what lies on the server
+            os.remove(part)
+            raise Retry(f"what came is not the published file ({wrong[0]})", cost=4)
+        settle(part, path)
+        return facts
+
+    return again(name, attempt, stop, backoff, progress=lambda: size_of(part))
+
+
+def download(folder, shards=TRAIN_SHARDS, connections=4, backoff=1.0):
+    """Bring the validation shard and the first `shards` training shards into `folder` (whose lock the caller holds);
+    what is there already stays. InputError when a file cannot be had; what has come is kept for the next run."""
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+    hub, stop, meta = Hub(), threading.Event(), read_meta(folder)
+    if "recipe" in meta:
+        raise InputError(f"{folder}: holds shards made from your own text; choose another --out")
+    wanted = sizes_and_checksums(hub, shards, stop, backoff)
+    got = {name: size_of(os.path.join(folder, name)) for name in wanted}
+    todo = [name for name, (size, _) in wanted.items() if got[name] != size]
+    files = meta.setdefault("files", {})
+    for name, (size, sha256) in wanted.items():
+        files.setdefault(name, {"bytes": size, "sha256": sha256})
+    meta |= {"n_vocab": GPT2Tokenizer.n_vocab, "eot": GPT2Tokenizer.eot}
+    meta["files"] = {name: files[name] for name in files if name not in todo}     # the others when they have arrived
+    write_meta(folder, meta)
+    got |= {name: size_of(os.path.join(folder, f"{name}.part")) for name in todo}
+    total = sum(size for size, _ in wanted.values())
+    check_space(folder, total - sum(got.values()))
+    progress, pool = Progress("downloading", total, sum(got.values())), ThreadPoolExecutor(connections)
+    try:
+        waiting = {pool.submit(fetch, hub, name, *wanted[name], folder, stop, backoff, got): name for name in todo}
+        while waiting:
+            for future in wait(waiting, 0.5, FIRST_COMPLETED).done:
+                meta["files"][waiting.pop(future)] = future.result()
+                write_meta(folder, meta)
+            progress.update(sum(got.values()))
+    finally:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+    print(f"{folder}: the validation shard and {shards} training shards are complete, {len(todo)} of these came now")
+
+
+def sizes_and_checksums(hub, shards, stop, backoff):
+    """{name: (bytes, sha256)} of the files to have: as the hub lists them, else as published, without checksums."""
+    try:
+        known = again("list of files", hub.listing, stop, backoff, attempts=3)
+    except InputError as error:
+        print(f"{error}\ngoing on without it: published sizes, no checksums", file=sys.stderr)
+        known = {}
+    return {name: known.get(name, (size, None)) for name, size in published(shards).items()}
+
+
+def check_space(folder, need):
+    free = shutil.disk_usage(folder).free
+    if need > free - (64 << 20):
+        raise InputError(f"{folder}: {need / 1e9:.1f} GB are still to come but {free / 1e9:.1f} GB are free; make "
+                         "room, choose another --out, or take fewer --shards")
+
+
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+def verify(folder):
+    """Read every shard again, compare it with what is known of it, print a line for each. Returns how many are bad."""
+    meta, bad = read_meta(folder), 0
+    kind, files, sizes = TOKENIZERS[meta["tokenizer"]], meta.get("files", {}), published(TRAIN_SHARDS)
+    names = sorted({*shard_names(folder), *files})
+    if not names:
+        raise InputError(f"{folder}: there are no shards here")
+    for name in names:
+        path, known = os.path.join(folder, name), files.get(name) or ({"bytes": sizes[name]} if name in sizes else {})
+        try:
+            facts = examine(path, kind.eot, kind.n_vocab)
+            if wrong := [key for key, value in known.items() if value not in (None, facts[key])]:
+                raise unsound(path, f"{wrong[0]} {facts[wrong[0]]} should be {known[wrong[0]]}")
+            checksum = "checksum matches" if known.get("sha256") else "no checksum known"
+            print(f"good  {name}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, {checksum}", flush=True)
+        except InputError as error:
+            bad += 1
+            print(f"BAD   {error}", flush=True)
+    print(f"{folder}: {len(names) - bad} of {len(names)} shards are good")
+    return bad
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description="Make token shards from text.")
-    parser.add_argument("--input", nargs="+", metavar="FILE", help="text files to tokenise (.txt, .py, .jsonl with a field "
-                        "\"text\", each also as .gz, .parquet); patterns with * are expanded; a .txt or .py is one document")
-    parser.add_argument("--out", help=f"folder of the shards (default for the download: {FINEWEB_FOLDER})")
-    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="how --input becomes tokens (default: gpt2)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
-    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens in a full shard")
-    parser.add_argument("--val_fraction", type=float, default=0.01, help="share of the documents held out, by hash")
-    parser.add_argument("--max_bad_lines", type=int, default=100, help="refuse input with more malformed lines than this")
-    # "--input=a b" means the same as "--input a b", also where the shell did not expand a pattern
-    argv = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--input=") else [arg])]
-    args = parser.parse_args(argv)
-    if not args.input or not args.out:
-        parser.error("--input and --out are needed")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\nA shard")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", nargs="?", choices=["verify"], help="check the shards in --out instead of making any")
+    add("--out", metavar="DIR", help=f"folder of the shards (default: {FINEWEB_FOLDER}; with --input there is none)")
+    add("--shards", type=int, default=TRAIN_SHARDS, metavar="N",
+        help=f"download the first N training shards of 100M tokens (default: all {TRAIN_SHARDS})")
+    add("--input", nargs="+", metavar="FILE", help="text to tokenise; patterns like 'a/*.jsonl.gz' are expanded. A "
+        "line of .jsonl or row of .parquet (field \"text\") is a document, and so is a whole .txt or .py file")
+    add("--tokenizer", choices=TOKENIZERS, default="gpt2", help="for --input (default: gpt2)")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N",
+        help="processes for --input (default: one a core); the result does not depend on it")
+    add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
+        help=f"tokens in a file made from --input (default: {SHARD_TOKENS})")
+    add("--val_fraction", type=float, default=0.01, metavar="F",
+        help="share of the documents of --input held out; 0.01 (default) takes the 100th, 200th, ...")
+    add("--max_bad_lines", type=int, default=100, metavar="N",
+        help="malformed lines of .jsonl to leave out before giving up (default: 100)")
+    # "--input=a b" shall mean "--input a b", since a shell expands no pattern behind "="
+    args = parser.parse_args([w for arg in argv for w in (arg.split("=", 1) if arg.startswith("--input=") else [arg])])
+    for name, low, high in (("shards", 0, TRAIN_SHARDS), ("workers", 1, 512), ("shard_tokens", 2, 2**31 - 1),
+                            ("val_fraction", 0, 0.9), ("max_bad_lines", 0, 2**31)):
+        if not low <= vars(args)[name] <= high:
+            parser.error(f"--{name}={vars(args)[name]} is not in {low} .. {high}")
+    if args.input and (args.command or not args.out):
+        parser.error("--input needs --out=DIR and no other command")
+    args.out = args.out or FINEWEB_FOLDER
     return args
 
 
 def expand(patterns):
-    """File names from names and patterns, in the order given, each pattern's matches sorted."""
+    """File names from names and patterns, in the order given; the matches of a pattern sorted."""
     paths = []
     for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        found = [pattern] if os.path.isfile(pattern) else [p for p in sorted(glob.glob(pattern)) if os.path.isfile(p)]
         if not found:
-            raise InputError(f"{pattern}: no such file")
+            raise InputError(f"{pattern}: no such file; --input takes files and patterns like 'folder/*.jsonl.gz'")
         paths += found
     return paths
+
+
+def run(args):
+    if args.command == "verify":
+        return 1 if verify(args.out) else 0
+    paths = expand(args.input or [])
+    with locked(args.out):
+        if args.input:
+            tokenise(paths, args.out, args.tokenizer, args.workers, args.shard_tokens, args.val_fraction,
+                     args.max_bad_lines)
+        else:
+            download(args.out, args.shards)
+    print(f"next: python train.py --data={args.out}")
+    return 0
 
 
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        paths = expand(args.input)
-        with locked(args.out):
-            tokenise(paths, args.out, args.tokenizer, args.workers, args.shard_tokens, args.val_fraction, args.max_bad_lines)
+        sys.exit(run(args))
     except (InputError, OSError) as error:
         sys.exit(f"prepare_fineweb.py: {error}")
     except KeyboardInterrupt:
-        print("\nprepare_fineweb.py: interrupted; no shard was left half-written, run the same command again", file=sys.stderr)
-        sys.exit(130)
+        print("\nprepare_fineweb.py: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        os._exit(130)                             # at once: a thread of a download may be waiting for the network
 
 
 if __name__ == "__main__":
