@@ -338,7 +338,7 @@ def batches(paths):
                         batch, size = [], 0
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise InputError(f"{path}: damaged gzip file ({error}); get it again") from None
-            before += os.fstat(raw.fileno()).st_size
+        before += os.path.getsize(path)
         yield path, before, batch
 
 
