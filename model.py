@@ -233,9 +233,9 @@ class Causal:
 
     def rotate(self, x):
         """RoPE, half-split: channel i is paired with i + D/2. x (B, T, H, D)."""
-        first, second = x.float().chunk(2, dim=-1)
-        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat(rotated, dim=-1).type_as(x)
+        first, second = (half.float() for half in x.chunk(2, dim=-1))
+        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return torch.cat([half.type_as(x) for half in turned], dim=-1)      # cast, then concatenate: half the traffic
 
     def attend(self, layer, q, k, v):
         """softmax(q k^T / sqrt(D)) v. All (B, T, H, D); `layer` is for subclasses that remember."""
@@ -291,7 +291,7 @@ class DynamicMixing(nn.Module):
 
     def forward(self, h):
         gamma = torch.sigmoid(self.fc2(F.gelu(self.fc1(h))).float() + self.bias)                   # Eq. 11
-        slots = gamma[..., None, None].unbind(-3)                                                  # 2m of (B, T, 1, 1)
+        slots = gamma.type_as(h)[..., None, None].unbind(-3)                                                  # 2m of (B, T, 1, 1)
         return {s: (slots[2 * i], slots[2 * i + 1]) for i, s in enumerate(self.letters)}
 
 
@@ -317,8 +317,8 @@ class Mix(nn.Module):
 
     def forward(self, anchor, current, gamma):
         """anchor (normalised where it was made), current (B, T, H, D); gamma a pair that broadcasts against them."""
-        of_anchor, of_current = gamma[0] * self.lambda_anchor, gamma[1] * self.lambda_current
-        return (of_anchor * anchor + of_current * current).type_as(current)                        # Eq. 10, Eq. 12
+        lambda_anchor, lambda_current = self.lambda_anchor.type_as(current), self.lambda_current.type_as(current)
+        return gamma[0] * (lambda_anchor * anchor) + gamma[1] * (lambda_current * current)         # Eq. 10, Eq. 12
 
 
 class Anchor(nn.Module):
