@@ -559,6 +559,7 @@ def standard_library_files():
 REPO, TRAIN_SHARDS = "kjj0/finewebedu10B-gpt2", 99
 FINEWEB_FOLDER = "data/fineweb_edu10B"
 LONGEST_WAIT = 600                   # seconds a server may ask for before we leave it to the user
+CHUNK = 1 << 16                      # bytes; at most so much of what came is lost with a connection
 
 
 def published(shards):
@@ -592,11 +593,11 @@ class Hub:
         import requests
         url = f"{self.endpoint}/{path}"
         for _ in range(10):
-            secret = self.secret if origin(url) == origin(self.endpoint) else {}
             try:       # redirects are followed here, to decide on the token each time; `auth` keeps out ~/.netrc
+                secret = self.secret if origin(url) == origin(self.endpoint) else {}
                 response = requests.get(url, headers={"Accept-Encoding": "identity", **headers, **secret}, stream=True,
                                         timeout=(10, 60), allow_redirects=False, auth=lambda request: request)
-            except requests.RequestException as error:
+            except (requests.RequestException, ValueError) as error:
                 raise Retry(f"no answer from {urlsplit(url).hostname} ({type(error).__name__})") from None
             if not response.is_redirect:
                 return checked(response)
@@ -608,9 +609,9 @@ class Hub:
         """{name: (bytes, sha256)} of the repository's large files, as the hub's tree listing has it."""
         with self.get(f"api/datasets/{REPO}/tree/main") as response:
             try:
-                return {row["path"]: (int(row["size"]), row["lfs"]["oid"]) for row in response.json() if "lfs" in row}
-            except (ValueError, KeyError, TypeError, OSError):
-                raise Retry("it makes no sense") from None
+                return {row["path"]: (int(row["size"]), row["lfs"]["oid"]) for row in response.json() if row.get("lfs")}
+            except (ValueError, KeyError, TypeError, AttributeError, OSError):
+                raise Retry("the answer makes no sense") from None
 
 
 def origin(url):
@@ -658,9 +659,9 @@ def again(name, action, stop, backoff, attempts=8, progress=lambda: 0):
             failures = error.cost + (failures if progress() <= best else 0)
             best, wait = max(best, progress()), max(error.wait, min(60, backoff * 2 ** (failures - 1)))
             if wait > LONGEST_WAIT:
-                raise InputError(f"{name}: {error}; the server asks to wait {wait:.0f} s, so try again then") from None
+                raise InputError(f"{name}: {error}, and the server asks to wait {wait:.0f} s") from None
             if failures >= attempts:
-                raise InputError(f"{name}: {error}; no luck in {attempts} tries, run this again to go on") from None
+                raise InputError(f"{name}: {error}, no luck in {attempts} tries") from None
             print(f"{name}: {error}; trying again in {wait:.0f} s", file=sys.stderr)
             stop.wait(wait)
 
@@ -676,13 +677,13 @@ def transfer(hub, name, size, part, stop, got):
         start, place = have if response.status_code == 206 else 0, response.headers.get("Content-Range", "")
         if start and not place.startswith(f"bytes {start}-"):
             raise Retry(f"the server sent {place!r} when asked to go on at byte {start}")
-        due = response.headers.get("Content-Length", size - start)
-        if int(due) != size - start:
-            raise Retry(f"the server offers {due} bytes where {size - start} are due")
+        offer = response.headers.get("Content-Length", str(size - start))
+        if offer != str(size - start):
+            raise Retry(f"the server offers {offer} bytes where {size - start} are due")
         file.truncate(start)
         file.seek(start)
         try:
-            for chunk in response.iter_content(1 << 18):
+            for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 file.flush()
                 got[name] = file.tell()
@@ -746,6 +747,8 @@ def download(folder, shards=TRAIN_SHARDS, connections=4, backoff=1.0):
                 meta["files"][waiting.pop(future)] = future.result()
                 write_meta(folder, meta)
             progress.update(sum(got.values()))
+    except InputError as error:
+        raise InputError(f"{error}; what has come is kept, run the same command again to go on") from None
     finally:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -757,7 +760,7 @@ def sizes_and_checksums(hub, shards, stop, backoff):
     try:
         known = again("list of files", hub.listing, stop, backoff, attempts=3)
     except InputError as error:
-        print(f"{error}\ngoing on without it: published sizes, no checksums", file=sys.stderr)
+        print(f"{error}; going on without it: published sizes, no checksums", file=sys.stderr)
         known = {}
     return {name: known.get(name, (size, None)) for name, size in published(shards).items()}
 
@@ -796,7 +799,7 @@ def verify(folder):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\nA shard")[0],
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n\nA shard")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", nargs="?", choices=["verify"], help="check the shards in --out instead of making any")
