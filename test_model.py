@@ -1,0 +1,603 @@
+"""
+The tests: CPU only, no network, no data but what they make or what lies in paper/testdata.
+
+    python -m pytest                    everything, under 5 minutes on 2 cores
+    python -m pytest -m "not slow"      the smoke part, under a minute
+
+The order is the paper's: model, mixing, variants, Muon, training, then data and evaluation. Oracles are independent of
+the code under test: loops in float64, numbers that the paper's released code computed, a second implementation.
+"""
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)      # "slow" needs no settings file
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import model as M
+import muon
+import train as T
+from model import VARIANTS, ConfigError, ExoFormer, KVCache, ModelConfig, generate, load_checkpoint, save_checkpoint, variant_config
+
+HERE = pathlib.Path(__file__).parent
+TESTDATA = HERE / "paper" / "testdata"
+GOLDEN = json.loads((TESTDATA / "author_golden.json").read_text())
+TINY = dict(n_layer=3, n_head=4, n_embd=32, ffn_dim=128, vocab_size=96, block_size=40)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def tiny(variant="exo_dynamic", seed=0, **changes):
+    """A small model of a variant with every parameter moved off its special start (zeros, ones, equal lambdas)."""
+    torch.manual_seed(seed)
+    model = ExoFormer(variant_config(variant, **{**TINY, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+def tokens(*shape, seed=0, high=96):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------- the released code
+
+def drawn(seed, key, shape):
+    """The rule by which a golden tensor is rebuilt on any machine."""
+    u = np.random.Generator(np.random.PCG64([seed, zlib.crc32(key.encode())])).random(shape)
+    name = key.removeprefix("probe.")
+    scaled = (-0.2 + 1.4 * u if ".lambda_" in name else 0.5 + u if name.endswith("norm.weight") else
+              2 * (u - 0.5) if name.endswith("bias") else 0.6 * (u - 0.5))
+    return torch.tensor(scaled, dtype=torch.float32)
+
+
+def released(name):
+    """(golden record, state dict in the released code's names, our model built from it)."""
+    golden = GOLDEN[name]
+    state = {key: drawn(golden["seed"], key, shape) for key, shape in golden["state_dict"].items()}
+    ambiguous = "qk" if name == "x_nures_qknormed_elementwise" else None
+    return golden, state, ExoFormer.from_released(state, anchor_norm=ambiguous, block_size=64)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_released_code_logits(name):
+    golden, _, model = released(name)
+    logits = model(torch.tensor(golden["idx"]))[:, golden["logits_positions"]][:, :, golden["logits_vocab"]]
+    torch.testing.assert_close(logits, torch.tensor(golden["logits"]), atol=2e-5, rtol=0)
+    cross_entropy, z = model.loss(torch.tensor(golden["idx"]), torch.tensor(golden["targets"]))
+    assert abs(cross_entropy.item() - golden["ce"]) < 2e-5 and abs(z.item() - golden["z"]) < 2e-4
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_released_code_gradients(name):
+    """The loading is linear in each tensor, so a released tensor's gradient is read by differentiating through it."""
+    golden, state, model = released(name)
+    leaves = {key: tensor.requires_grad_() for key, tensor in state.items()}
+    ours = {key: value for key, value in model.state_dict().items()}
+    filled = M.translate_released(leaves, ours, model.config)
+    logits = torch.func.functional_call(model, filled, (torch.tensor(golden["idx"]),))
+    lse = logits.logsumexp(-1)
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), torch.tensor(golden["targets"]).flatten())
+    (cross_entropy + 1e-5 * lse.square().mean()).backward()
+    for key, (norm, dot) in golden["grads"].items():
+        grad = leaves[key].grad if leaves[key].grad is not None else torch.zeros_like(leaves[key])
+        probe = drawn(golden["seed"], f"probe.{key}", golden["state_dict"][key])
+        assert abs(grad.norm().item() - norm) <= 1e-4 * norm + 1e-9, key
+        assert abs((grad * probe).sum().item() - dot) <= 1e-4 * norm * probe.norm().item() + 1e-9, key
+
+
+def test_released_names_are_strict():
+    _, state, _ = released("exo_dynamic_elementwise")
+    with pytest.raises(ConfigError, match="lacks transformer.layers.1.mlp.fc2.weight"):
+        ExoFormer.from_released({k: v for k, v in state.items() if k != "transformer.layers.1.mlp.fc2.weight"})
+    with pytest.raises(ConfigError, match="smear_gate"):
+        ExoFormer.from_released({**state, "transformer.smear_gate.weight": torch.zeros(3)})
+    with pytest.raises(ConfigError, match="shape"):
+        ExoFormer.from_released({**state, "transformer.layers.1.attn.c_proj.weight": torch.zeros(32, 31)})
+    with pytest.raises(ConfigError, match="not a checkpoint of the released code"):
+        ExoFormer.from_released({"weight": torch.zeros(3)})
+
+
+def test_released_prefix_and_old_norm_names_load_alike():
+    golden, state, model = released("nures_full_elementwise")
+    renamed = {f"_orig_mod.{k}".replace("v_norm", "v_res_norm").replace("g_norm", "g_res_norm"): v for k, v in state.items()}
+    idx = torch.tensor(golden["idx"])
+    assert torch.equal(ExoFormer.from_released(renamed, block_size=64)(idx), model(idx))
+
+
+def test_released_file_that_cannot_tell_says_so(capsys):
+    golden, state, normed = released("x_nures_qknormed_elementwise")
+    assert ExoFormer.from_released(state).config.anchor_norm == "qk" and "anchor_norm" in capsys.readouterr().out
+    plain = ExoFormer.from_released(state, anchor_norm="")
+    assert plain.config.anchor_norm == "" and capsys.readouterr().out == ""
+    idx = torch.tensor(golden["idx"])
+    assert not torch.allclose(plain(idx)[..., :96], normed(idx)[..., :96], atol=1e-3)
+    with pytest.raises(ConfigError, match="anchor_norm='qk'.*'qkvg'"):
+        ExoFormer.from_released(released("exo_elementwise")[1], anchor_norm="qk")
+
+
+# ------------------------------------------------------------------------------------------------------------ Table 3
+
+EXACT = dict(base=453_581_824, gated=452_526_720, resformer=453_645_312, naive=452_584_064, exo_nonorm=456_958_592,
+             exo_dynamic=457_437_928, exo=456_958_848, exo_headwise=456_724_992, exo_scalar=456_721_512)
+
+
+@every_variant
+def test_table_3_parameter_counts(variant):
+    with torch.device("meta"):
+        n = M.count_parameters(ExoFormer(variant_config(variant)))
+    assert round(n / 1e6) == M.TABLE_3[variant][0]
+    assert n == EXACT.get(variant, n)
+
+
+def test_table_3_has_its_18_rows():
+    assert list(VARIANTS) == list(M.TABLE_3) and len({str(row) for row in VARIANTS.values()}) == 18
+
+
+def test_flops_per_token_match_a_count_of_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+    model, idx = tiny("exo_dynamic", vocab_size=64), tokens(2, 40, high=64)
+    with FlopCounterMode(display=False) as counter:
+        model(idx).sum().backward()
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    dense = sum(n for op, n in counted.items() if op in ("aten.mm", "aten.addmm"))
+    attention = 12 * 3 * 32 * 40
+    # the input of the first products needs its gradient too, so nothing is missing from 3 x forward
+    assert dense / 80 == M.flops_per_token(model, 40) - attention
+
+
+# ------------------------------------------------------------------------------------------------------ Eq. 10, 11, 12
+
+@pytest.mark.parametrize("granularity", M.GRANULARITY)
+def test_eq_10_and_12_mix_matches_loops(granularity):
+    config = ModelConfig(**TINY, granularity=granularity)
+    mix, shape = M.Mix(config).double(), (2, 3, 4, 8)
+    anchor, current = torch.randn(shape).double(), torch.randn(shape).double()
+    gamma = torch.rand(2, 2, 3, 1, 1).double()
+    with torch.no_grad():
+        mix.lambda_anchor.normal_(), mix.lambda_current.normal_()
+        mixed = mix(anchor, current, gamma)
+    first, second = (p.detach().expand(4, 8) for p in (mix.lambda_anchor, mix.lambda_current))
+    for b, t, h, d in np.ndindex(*shape):
+        expected = (gamma[0, b, t] * first[h, d] * anchor[b, t, h, d] + gamma[1, b, t] * second[h, d] * current[b, t, h, d]).item()
+        assert abs(mixed[b, t, h, d].item() - expected) < 1e-12
+
+
+def test_eq_11_gamma_matches_loops():
+    dynamic = M.DynamicMixing(ModelConfig(**TINY, dynamic=True), "qkvg").double()
+    with torch.no_grad():
+        for p in dynamic.parameters():
+            p.normal_()
+    h = torch.randn(2, 3, 32).double()
+    gamma, w1, w2, bias = dynamic(h), *(p.detach().numpy() for p in (dynamic.fc1.weight, dynamic.fc2.weight, dynamic.bias))
+    for b, t in np.ndindex(2, 3):
+        hidden = w1 @ h[b, t].numpy()
+        hidden = np.array([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in hidden])
+        slots = 1 / (1 + np.exp(-(w2 @ hidden + bias)))
+        for i, s in enumerate("qkvg"):
+            pair = [gamma[s][j][b, t].item() for j in range(2)]
+            np.testing.assert_allclose(pair, slots[2 * i:2 * i + 2], rtol=1e-6)
+
+
+def test_rms_norm_and_rope_match_loops():
+    norm, x = M.RMSNorm(8), torch.randn(2, 5, 3, 8)
+    with torch.no_grad():
+        norm.weight.normal_()
+    y = norm(x).detach().numpy()
+    rotated = M.Causal(ModelConfig(**TINY), 5, "cpu", start=2).rotate(x).numpy()
+    for b, t, h in np.ndindex(2, 5, 3):
+        v = x[b, t, h].double().numpy()
+        np.testing.assert_allclose(y[b, t, h], v / np.sqrt((v * v).mean() + 1e-6) * norm.weight.detach().numpy(), rtol=1e-5)
+        for i in range(4):
+            turned = complex(v[i], v[i + 4]) * np.exp(1j * (t + 2) * 500_000.0 ** (-2 * i / 8))
+            np.testing.assert_allclose([rotated[b, t, h, i], rotated[b, t, h, i + 4]], [turned.real, turned.imag], atol=1e-5)
+
+
+@pytest.mark.parametrize("anchor", ["internal", "exogenous"])
+@pytest.mark.parametrize("granularity", M.GRANULARITY)
+def test_dynamic_equals_static_at_init(anchor, granularity):
+    models = []
+    for dynamic in (False, True):
+        model = ExoFormer(ModelConfig(**TINY, anchor=anchor, granularity=granularity, dynamic=dynamic))
+        models.append(model)
+    with torch.no_grad():
+        for name, p in models[0].named_parameters():
+            if "lambda" not in name:
+                p.copy_(torch.randn_like(p) * 0.3)
+                models[1].get_parameter(name).copy_(p)
+    idx = tokens(2, 20)
+    assert torch.equal(models[0](idx), models[1](idx))
+
+
+def test_internal_anchor_is_not_mixed_in_its_own_layer():
+    inside, outside = (ExoFormer(ModelConfig(**TINY, anchor=anchor, dynamic=True)) for anchor in ("internal", "exogenous"))
+    assert [len(layer.attn.mix) for layer in inside.layers] == [0, 4, 4] and [len(layer.attn.mix) for layer in outside.layers] == [4, 4, 4]
+    assert not list(inside.layers[0].attn.gammas.parameters())
+
+
+def test_exogenous_anchor_reads_raw_embeddings_of_single_tokens():
+    model = tiny("exo")
+    idx = tokens(1, 6)
+    anchor = model.make_anchor(model.embed(idx))
+    w = dict(zip("qkvg", model.anchor.project.weight.split(32)))
+    for s in "qkvg":
+        raw = (model.embed.weight[idx[0, 3]] @ w[s].T).view(4, 8)
+        gain = model.anchor.norms[s].weight
+        torch.testing.assert_close(anchor[s][0, 3], raw / (raw.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain)
+
+
+def test_eq_7_heads_are_contiguous_blocks_of_channels():
+    model = tiny("gated")
+    h, attn = torch.randn(1, 2, 32), tiny("gated").layers[1].attn
+    wq, wk, wv, wg = attn.project.weight.split(32)
+    for s, w in zip("qkvg", (wq, wk, wv, wg)):
+        torch.testing.assert_close(attn.project(h)[s][0, 1, 2], (h[0, 1] @ w.T)[16:24])
+    assert model.config.components == "qkvg" and tiny("base").config.components == "qkv"
+
+
+# -------------------------------------------------------------------------------------------------- every variant
+
+@every_variant
+def test_causal(variant):
+    model, idx = tiny(variant), tokens(2, 24)
+    changed = idx.clone()
+    changed[:, 13:] = (changed[:, 13:] + 1) % 96
+    before, after = model(idx), model(changed)
+    assert torch.equal(before[:, :13], after[:, :13]) and not torch.allclose(before[:, 13:, :96], after[:, 13:, :96])
+
+
+@every_variant
+def test_documents_cannot_see_each_other(variant):
+    """A document inside a packed row predicts what it predicts alone: RoPE depends on distances only."""
+    model, idx = tiny(variant), tokens(1, 30)
+    packed = model(idx, docs=torch.tensor([[0] * 11 + [1] * 9 + [2] * 10]))
+    for start, stop in ((0, 11), (11, 20), (20, 30)):
+        torch.testing.assert_close(packed[:, start:stop, :96], model(idx[:, start:stop])[..., :96], atol=2e-4, rtol=1e-4)
+
+
+@every_variant
+@torch.no_grad()
+def test_cache_equals_full_forward(variant):
+    model, idx = tiny(variant), tokens(2, 30)
+    full = model(idx)
+    cache = KVCache(model.config, 2, 30)
+    pieces = [model(idx[:, a:b], cache=cache) for a, b in ((0, 12), (12, 19), (19, 20), (20, 21), (21, 30))]
+    torch.testing.assert_close(torch.cat(pieces, 1), full, atol=2e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="cannot take 1 more"):
+        model(idx[:, :1], cache=cache)
+
+
+@every_variant
+def test_every_parameter_gets_gradient(variant):
+    model = tiny(variant)
+    model.loss(tokens(2, 24), tokens(2, 24, seed=1))[0].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@every_variant
+def test_init_is_total(variant):
+    model = ExoFormer(variant_config(variant, **TINY))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    model.init_weights()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        zero = any(part in name for part in ("out_proj", "down", "head", "fc2", "bias"))
+        assert (p == 0).all() == zero, name
+    assert abs(model.layers[0].mlp.up.weight.std().item() - 0.02) < 0.001 and model.embed.weight.abs().max() <= 0.06
+    assert all((mix.lambda_anchor == (1.0 if model.config.dynamic else 0.5)).all() for layer in model.layers for mix in layer.attn.mix.values())
+
+
+@every_variant
+def test_optimizers_partition_the_parameters(variant):
+    model = ExoFormer(variant_config(variant, **TINY))
+    optimizers = T.build_optimizers(model, T.TrainConfig(device="cpu"))
+    grouped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    muons = {id(p) for group in optimizers[0].param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        matrix = p.dim() == 2 and "lambda" not in name and not name.startswith(("embed", "head"))
+        assert (id(p) in muons) == matrix, name
+    parts = {id(p): group["parts"] for group in optimizers[0].param_groups for p in group["params"]}
+    layer = model.layers[0]
+    assert parts[id(layer.attn.project.weight)] == len(model.config.components) and parts[id(layer.mlp.up.weight)] == 2
+    assert parts[id(layer.attn.out_proj.weight)] == 1
+
+
+@pytest.mark.parametrize("variant", ["base", "resformer", "nuresformer", "exo_dynamic"])
+def test_one_graph_and_no_recompilation(variant):
+    """fullgraph raises on a graph break; new documents and a last batch filled up with -100 must not compile again."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    objective = T.Objective(tiny(variant), T.TrainConfig(dtype="bfloat16"))
+    objective.compile(backend=counter, fullgraph=True, dynamic=False)
+    for seed in range(3):
+        idx, targets = tokens(4, 24, seed=seed), tokens(4, 24, seed=seed + 1)
+        targets[2:] = -100 if seed == 2 else targets[2:]
+        objective(idx, targets, (idx < 9).cumsum(1))[0].backward()
+    assert counter.frame_count == 1
+
+
+def test_compiler_computes_an_internal_anchor_once():
+    from torch._dynamo.backends.common import aot_autograd
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    products = {}
+    for variant in ("gated", "nuresformer"):
+        torch._dynamo.reset()
+        graphs = []
+        backend = aot_autograd(fw_compiler=lambda graph, _: graphs.append(graph) or make_boxed_func(graph.forward),
+                               partition_fn=min_cut_rematerialization_partition)
+        torch.compile(tiny(variant).loss, backend=backend, fullgraph=True)(tokens(2, 24), tokens(2, 24))
+        products[variant] = sum(node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for node in graphs[0].graph.nodes)
+    assert products["nuresformer"] == products["gated"] == 3 * 4 + 1
+
+
+@pytest.mark.parametrize("changes", [dict(norm_position="post"), dict(qk_norm=False), dict(gate=False, mix="kv", anchor_norm="v"),
+                                     dict(dynamic=True, mix="gq", anchor_norm="g", granularity="scalar"), dict(dynamic=True, gate=False, mix="qkv", anchor_norm="", anchor="internal")])
+@torch.no_grad()
+def test_axes_combine_freely(changes):
+    model, idx = tiny("exo", **changes), tokens(2, 20)
+    full = model(idx)
+    cache = KVCache(model.config, 2, 20)
+    torch.testing.assert_close(torch.cat([model(idx[:, :9], cache=cache), model(idx[:, 9:], cache=cache)], 1), full, atol=2e-4, rtol=1e-4)
+    assert full[..., :96].isfinite().all() and not torch.allclose(full, tiny("gated")(idx))
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(anchor="none", mix="", anchor_norm="", dynamic=True), "dynamic=True.*anchor='none'"),
+    (dict(gate=False), "mix='qkvg'.*gate=False"), (dict(n_embd=33), "n_embd=33.*n_head=4"), (dict(n_embd=36), "head_dim=9.*odd"),
+    (dict(mix="qx"), "mix='qx'"), (dict(anchor_norm="qq"), "anchor_norm='qq'"), (dict(mix="v"), "anchor_norm='qkvg'.*mix='v'"),
+    (dict(granularity="layer"), "granularity='layer'.*scalar, headwise, elementwise"), (dict(anchor="outer"), "anchor='outer'"),
+    (dict(anchor="none"), "mix='qkvg'.*anchor='none'"), (dict(mix="", anchor_norm=""), "anchor='exogenous'.*mix=''"),
+    (dict(n_layer=0), "n_layer=0"), (dict(norm_position="mid"), "norm_position='mid'"), (dict(ffn_dim=7), "ffn_dim=7")])
+def test_illegal_configurations_name_field_and_value(changes, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        ModelConfig(**{**TINY, **changes})
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- loss, head, generation
+
+def test_loss_matches_float64_and_counts_only_targets():
+    model, idx, targets = tiny("base", vocab_size=90), tokens(2, 20, high=90), tokens(2, 20, seed=3, high=90)
+    targets[0, 5:9] = -100
+    logits = model(idx).detach().double().numpy()[..., :90]
+    lse = np.log(np.exp(logits).sum(-1))
+    right = [lse[b, t] - logits[b, t, targets[b, t]] for b, t in np.ndindex(2, 20) if targets[b, t] != -100]
+    squares = [lse[b, t] ** 2 for b, t in np.ndindex(2, 20) if targets[b, t] != -100]
+    cross_entropy, z = model.loss(idx, targets)
+    assert abs(cross_entropy.item() - np.mean(right)) < 1e-5 and abs(z.item() - np.mean(squares)) < 1e-3
+
+
+def test_head_padding_is_never_predicted_nor_counted():
+    model = tiny("base", vocab_size=90)
+    logits = model(tokens(1, 5, high=90))
+    assert logits.shape[-1] == 128 and (logits[..., 90:] == -math.inf).all() and logits[..., :90].isfinite().all()
+    model.loss(tokens(1, 5, high=90), tokens(1, 5, high=90))[0].backward()
+    assert (model.head.weight.grad[90:] == 0).all()
+    assert M.count_parameters(model) == sum(p.numel() for p in model.parameters()) - 38 * 32
+
+
+def test_generate_is_greedy_at_temperature_0_and_slides_past_block_size():
+    """The rule: each token is the argmax of a plain forward of the last block_size tokens, before and past the edge."""
+    model, idx = tiny("exo_dynamic", block_size=12), tokens(3, 5)
+    out = generate(model, idx, 14, temperature=0)
+    for t in range(5, 19):
+        expected = model(out[:, max(0, t - 12):t])[:, -1].argmax(-1)
+        assert torch.equal(out[:, t], expected)
+    assert torch.equal(generate(model, tokens(1, 20), 1, temperature=0)[:, -1], model(tokens(1, 20)[:, -12:])[:, -1].argmax(-1))
+
+
+def test_generate_stops_fills_and_repeats_with_its_seed():
+    model, idx = tiny("gated"), tokens(4, 3)
+    draw = lambda seed, **kwargs: generate(model, idx, 30, generator=torch.Generator().manual_seed(seed), **kwargs)
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    out = draw(1, stop_token=7, top_k=50)[:, 3:]
+    for row in out.tolist():
+        assert 7 not in row or set(row[row.index(7):]) == {7}
+    assert torch.equal(draw(5, top_k=1), generate(model, idx, 30, temperature=0))
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(model, idx[:, :0], 3)
+
+
+def test_sampling_follows_the_softmax():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -math.inf]]).expand(20_000, -1)
+    counts = torch.bincount(M.sample(logits, 0.7, None, torch.Generator().manual_seed(0))[:, 0], minlength=5) / 20_000
+    torch.testing.assert_close(counts, F.softmax(logits[0] / 0.7, -1), atol=0.015, rtol=0)
+    assert set(M.sample(logits, 1.0, 2, torch.Generator().manual_seed(0))[:, 0].tolist()) == {0, 1}
+
+
+def test_bfloat16_autocast_keeps_streams_in_bfloat16_and_parameters_in_float32():
+    """A float32 lambda must not promote q, k, v, g, nor the residual stream."""
+    model, seen = tiny("exo_dynamic"), {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
+    with torch.autocast("cpu", torch.bfloat16):
+        cross_entropy, z = model.loss(tokens(2, 8), tokens(2, 8))
+    assert cross_entropy.dtype == z.dtype == torch.float32
+    for name in ("layers.1", "layers.1.attn.mix.q", "layers.1.attn.mix.g", "layers.1.attn.q_norm", "anchor.norms.v", "final_norm"):
+        assert seen[name].dtype == torch.bfloat16, name
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    full = model.loss(tokens(2, 8), tokens(2, 8))[0]
+    assert 0 < abs(cross_entropy.item() - full.item()) < 0.1
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+def saved(model, path, **more):
+    save_checkpoint(path, dict(model_config=vars(model.config).copy(), model=model.state_dict(), **more))
+    return path
+
+
+@every_variant
+def test_checkpoint_round_trip_is_bitwise(variant, tmp_path):
+    model, idx = tiny(variant), tokens(1, 10)
+    again = load_checkpoint(saved(model, tmp_path / "c.pt"))
+    assert torch.equal(again(idx), model(idx)) and again.config == model.config
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_released_checkpoint_file_loads(tmp_path):
+    golden, state, model = released("exo_headwise")
+    torch.save(dict(model=state, model_args=dict(block_size=64, rope_theta=500_000.0), step=38146), tmp_path / "r.pt")
+    idx = torch.tensor(golden["idx"])
+    again = load_checkpoint(tmp_path / "r.pt")
+    assert torch.equal(again(idx), model(idx)) and again.config.block_size == 64
+
+
+class Attack:
+    """A pickle that would leave a file behind if it ran."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "flipped bit", "text", "malicious", "unknown setting"])
+def test_damaged_checkpoints_are_refused_in_one_line(fault, tmp_path):
+    path, witness = tmp_path / "c.pt", tmp_path / "witness"
+    saved(tiny("exo"), path)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 16
+    {"missing": path.unlink, "empty": lambda: path.write_bytes(b""), "truncated": lambda: path.write_bytes(path.read_bytes()[:-700]),
+     "flipped bit": lambda: path.write_bytes(whole), "text": lambda: path.write_text("hello"),
+     "malicious": lambda: torch.save(dict(model=Attack(witness)), path),
+     "unknown setting": lambda: saved(tiny("exo"), path) and torch.save({**torch.load(path, weights_only=True), "model_config": dict(n_lair=3)}, path)}[fault]()
+    with pytest.raises(ConfigError) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and not witness.exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- Muon
+
+OPTIM = torch.load(TESTDATA / "optim.pt", weights_only=True)
+
+
+def optimal_quintic(low, high):
+    """The odd quintic nearest to 1 on [low, high], by the exchange algorithm: four points of equal error."""
+    if low / high >= 1 - 5e-6:
+        return np.array([15 / 8 / high, -10 / 8 / high ** 3, 3 / 8 / high ** 5])
+    points, error, previous = np.array([low, (3 * low + high) / 4, (low + 3 * high) / 4, high]), math.inf, None
+    while previous is None or abs(error - previous) > 1e-15:
+        previous = error
+        a, b, c, error = np.linalg.solve(np.stack([points, points ** 3, points ** 5, [1, -1, 1, -1]], 1), np.ones(4))
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        points[1:3] = np.sqrt((-3 * b + np.array([-1, 1]) * math.copysign(root, c)) / (10 * c))
+    return np.array([a, b, c])
+
+
+def test_polar_express_coefficients_are_the_optimal_composition():
+    low, high, powers, derived = 1e-3, 1.0, np.array([1, 3, 5]), []
+    for i in range(5):
+        floor = max(low, 0.02 * high)
+        quintic = optimal_quintic(floor, high)
+        p = lambda x: float(quintic @ np.float64(x) ** powers)
+        if floor > low:
+            quintic = quintic * 2 / (p(low) + p(high))
+        derived.append(quintic / (1.02 ** powers if i < 4 else 1))
+        quintic = derived[-1]
+        low, high = p(low), 2 - p(low)
+    np.testing.assert_allclose(derived, muon.COEFFICIENTS, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIM["polar_express"])
+def test_polar_express_matches_the_released_one(name):
+    case = OPTIM["polar_express"][name]
+    G = case["in"].reshape(-1, *case["in"].shape[-2:])
+    ours, theirs = muon.polar_express(G, torch.float64).view(case["in"].shape), case["ref_fp64"]
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    rounded = muon.polar_express(G).view(case["in"].shape).double()
+    their_error = (case["out_author_bf16_in"].double() - theirs).norm()
+    assert (rounded - theirs).norm() <= 2.5 * their_error + 1e-6          # bfloat16 costs us what it costs them
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (24, 96), (96, 24)])
+def test_polar_express_lands_near_the_polar_factor(shape):
+    G = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    assert (S / torch.linalg.matrix_norm(G)[:, None]).min() > 1e-3
+    out = muon.polar_express(G, torch.float64)
+    values = torch.linalg.svdvals(out)
+    assert values.min() > 0.85 and values.max() < 1.14
+    torch.testing.assert_close(U.mT @ out @ Vh.mT, torch.diag_embed((U.mT @ out @ Vh.mT).diagonal(dim1=-2, dim2=-1)), atol=1e-9, rtol=0)
+    assert (torch.linalg.svdvals(muon.polar_express(G).double()) - 1).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("key", OPTIM["traj"])
+def test_muon_follows_the_released_optimizer_for_20_steps(key):
+    """float32 weights. Their bfloat16 rounding differs, so trajectories part by the error of one orthogonalisation; a
+    cautious decay flips on entries near zero, which is worth lr * decay * weight = 2.5 % of an entry."""
+    setting, recipe = dict(part.split("=") for part in key.split(",")), OPTIM["muon"]
+    for name, problem in OPTIM["quadratic"].items():
+        w = torch.nn.Parameter(problem["W0"].clone())
+        optimizer = muon.Muon([w], lr=recipe["lr"], weight_decay=recipe["weight_decay"], momentum=recipe["momentum"],
+                              cautious=setting["cautious"] == "True", beta2=None if setting["beta2"] == "None" else float(setting["beta2"]))
+        for _ in range(20):
+            w.grad = problem["H"] * (w.detach() - problem["T"])
+            optimizer.step()
+        path = (OPTIM["traj"][key][name] - problem["W0"]).norm()
+        assert (w.detach() - OPTIM["traj"][key][name]).norm() < (0.03 if setting["cautious"] == "True" else 0.01) * path, name
+
+
+def one_muon_step(grads, weights, **settings):
+    """Weights after one step from given gradients."""
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    for p, g in zip(params, grads):
+        p.grad = g.clone()
+    muon.Muon([dict(params=params, parts=settings.pop("parts", 1))], **settings).step()
+    return [p.detach() for p in params]
+
+
+def test_muon_step_matches_its_formula_in_float64():
+    g, w = torch.randn(2, 48, 16, dtype=torch.float64)
+    exact = lambda G: muon.polar_express(G, torch.float64)
+    new, = one_muon_step([g], [w], lr=0.1, weight_decay=0.3, polar=exact)
+    update = exact((0.05 * g + 0.95 * 0.05 * g)[None])[0] * math.sqrt(3)
+    expected = w - 0.1 * update - 0.1 * 0.3 * torch.where(update * w >= 0, w, 0)
+    torch.testing.assert_close(new, expected, atol=1e-12, rtol=0)
+
+
+def test_muon_batches_and_splits_without_changing_a_matrix():
+    g, w = torch.randn(2, 3, 64, 32)
+    together = one_muon_step(g, w)
+    alone = [one_muon_step([g[i]], [w[i]])[0] for i in range(3)]
+    fused, = one_muon_step([g.flatten(0, 1)], [w.flatten(0, 1)], parts=3)
+    for i in range(3):
+        torch.testing.assert_close(together[i], alone[i], atol=1e-4, rtol=0)
+        torch.testing.assert_close(fused[64 * i:64 * i + 64], alone[i], atol=1e-4, rtol=0)
+
+
+def test_muon_decay_of_small_weights_survives_float32_and_dies_in_bfloat16():
+    """Why the weights are float32 (README): decay 0.1 x rate 0.01 is below half a unit in the last place of bfloat16."""
+    w, g = torch.rand(16, 16) + 0.5, torch.zeros(16, 16)
+    assert torch.allclose(one_muon_step([g], [w], lr=0.01, weight_decay=0.1)[0], w * (1 - 1e-3))
+    assert torch.equal(one_muon_step([g.bfloat16()], [w.bfloat16()], lr=0.01, weight_decay=0.1)[0], w.bfloat16())
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+def test_learning_rate_and_momentum_follow_table_4():
+    schedule, paper = OPTIM["schedule"], T.TrainConfig()
+    ours = [T.lr_multiplier(step, paper) for step in schedule["paper_steps"]]
+    np.testing.assert_allclose(ours, schedule["paper_linear_mult"], rtol=0, atol=1e-12)
+    ramp = T.TrainConfig(muon_ramp=True)
+    np.testing.assert_allclose([T.muon_momentum(step, ramp) for step in schedule["momentum_steps"]], schedule["momentum"], atol=1e-12)
+    assert T.muon_momentum(5, paper) == 0.95
+    assert max(T.lr_multiplier(step, paper) for step in range(0, 38147, 7)) == 1.0
