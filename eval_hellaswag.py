@@ -30,12 +30,12 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from model import ConfigError, KVCache, load_checkpoint
-from prepare_fineweb import InputError, get_tokenizer
+from prepare_fineweb import InputError, atomic, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------------------- 1 data
+
 
 
 def git_blob_id(data):
@@ -48,56 +48,49 @@ def sha256(data):
 
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57/data/hellaswag_{}.jsonl"
-OFFICIAL = {  # split: (bytes, checksum, its value); train's sha256 is the one TensorFlow Datasets publishes
-    "val": (12_246_618, git_blob_id, "0f5ee25d72216f12317d5d8a7b92deafa423d81e"),
-    "train": (47_496_131, sha256, "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d"),
+OFFICIAL = {  # split: (checksum, its value); the train file's is the one that TensorFlow Datasets publishes
+    "val": (git_blob_id, "0f5ee25d72216f12317d5d8a7b92deafa423d81e"),
+    "train": (sha256, "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d"),
 }
 
 
 def is_official(data, split):
-    """Whether these bytes are the published file of the split."""
-    size, checksum, value = OFFICIAL[split]
-    return len(data) == size and checksum(data) == value
+    """Whether these bytes are the published file of the split, all of it."""
+    checksum, value = OFFICIAL[split]
+    return checksum(data) == value
 
 
 def fetch(split, folder):
     """Path of the official file of a split, downloaded into `folder` if it is not there yet.
 
-    The file gets its name only after its checksum was right, so that a broken download is never scored.
+    It gets its name only after its checksum was right, so that half a download is never scored.
     """
-    url, path = URL.format(split), os.path.join(folder, f"hellaswag_{split}.jsonl")
+    path = os.path.join(folder, f"hellaswag_{split}.jsonl")
     if not os.path.exists(path):
-        print(f"downloading {url} ({OFFICIAL[split][0] / 1e6:.0f} MB)", flush=True)
-        data = download(url)
+        data = download(URL.format(split))
         if not is_official(data, split):
-            raise InputError(f"{url} sent {len(data)} bytes that are not the official file; try again")
+            raise InputError(f"{URL.format(split)} sent {len(data)} bytes that are not the official file; try again")
         os.makedirs(folder, exist_ok=True)
-        write_atomic(path, data)
+        with atomic(path) as file:
+            file.write(data)
     return path
 
 
 def download(url):
     """The body behind a URL, as bytes."""
     import requests
+    print(f"downloading {url}", flush=True)
     try:
         reply = requests.get(url, timeout=60)
         reply.raise_for_status()
         return reply.content
     except requests.RequestException as error:
-        raise InputError(f"cannot download {url} ({type(error).__name__}); fetch it yourself and give --data or --train") from None
-
-
-def write_atomic(path, data):
-    """Write bytes so that `path` is either absent (or old) or whole."""
-    with open(f"{path}.part", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.part", path)
+        raise InputError(f"cannot download {url} ({type(error).__name__}); fetch it yourself and name it by "
+                         "--data (validation) or --train") from None
 
 
 def read_bytes(path):
-    """The contents of a .jsonl file, or of a .jsonl.gz unpacked."""
+    """The contents of a file, unpacked if it ends in .gz."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             return file.read()
@@ -105,22 +98,34 @@ def read_bytes(path):
         raise InputError(f"cannot read {path}: {error}") from None
 
 
+def read_split(split, path, folder):
+    """Rows of the user's file `path`, or of the official one if it is ""; says which, and refuses a damaged official one."""
+    name = path or fetch(split, folder)
+    data = read_bytes(name)
+    official = is_official(data, split)
+    if not path and not official:
+        raise InputError(f"{name} is not the official file any more; remove it and run again")
+    print(f"{name}: {'the official' if official else 'not the official'} {split} file")
+    return parse_rows(data, name)
+
+
 def parse_rows(data, path):
     """The rows of a HellaSwag file as dicts with an integer label. InputError names the first bad line of `path`."""
-    rows = []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON ({error}); is the file cut off?") from None
-            problem = row_problem(row)
-            if problem:
-                raise InputError(f"{path}, line {number}: {problem}")
-            rows.append({**row, "label": int(row["label"])})
+    rows = [parse_row(line, f"{path}, line {n}") for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
     if not rows:
         raise InputError(f"{path}: no items in it")
     return rows
+
+
+def parse_row(line, place):
+    """One line of a HellaSwag file -> dict."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{place}: not valid JSON ({error}); is the file cut off?") from None
+    if problem := row_problem(row):
+        raise InputError(f"{place}: {problem}")
+    return {**row, "label": int(row["label"])}
 
 
 def row_problem(row):
@@ -131,12 +136,10 @@ def row_problem(row):
         if not isinstance(row.get(field), str):
             return f"{field!r} is missing or not a string"
     endings = row.get("endings")
-    if not isinstance(endings, list) or len(endings) != 4:
-        return f"'endings' must hold four endings, not {len(endings) if isinstance(endings, list) else endings!r}"
-    if not all(isinstance(ending, str) and ending.strip() for ending in endings):
-        return "an ending is empty or not a string"
+    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(ending, str) for ending in endings):
+        return f"'endings' must be four strings, not {str(endings)[:60]}"
     if str(row.get("label")) not in ("0", "1", "2", "3"):
-        return f"the label must be 0, 1, 2 or 3, not {row.get('label')!r} (test files have none)"
+        return f"'label' must be 0, 1, 2 or 3, not {row.get('label')!r} (the test split has none)"
 
 
 # ---------------------------------------------------------------------------------------------------------- 2 rendering
@@ -181,21 +184,21 @@ def encode_apart(tokenizer, context, endings):
 STYLES = {"lmeval": (render_lmeval, encode_jointly), "nanogpt": (render_nanogpt, encode_apart)}
 
 
-def draw_examples(train_rows, shots, count, seed=1234):
-    """The text of `shots` solved examples for each of `count` items, drawn as lm-eval draws them.
+def draw_examples(train_rows, rows, shots, seed=1234):
+    """For each row the text of `shots` solved training rows, drawn as lm-eval draws them.
 
-    One generator serves the whole task and moves on once per item, so an item's examples depend on its place alone.
-    lm-eval draws one more than it needs, in case one is the item itself, and leaves out the last.
+    One generator serves the whole task and moves on once per row, so a row's examples depend on its place alone. One
+    more is drawn than is needed: the row itself is left out if it is among them, else the last.
     """
     if shots >= len(train_rows):
         raise InputError(f"{shots} examples cannot be drawn from {len(train_rows)} training items")
     generator = random.Random(seed)
-    solved = [solved_example(row) for row in train_rows]
-    return ["".join(generator.sample(solved, shots + 1)[:shots]) for _ in range(count)]
+    drawn = (generator.sample(train_rows, shots + 1) for _ in rows)
+    return ["".join(solved_example(r) for r in [r for r in some if r != row][:shots]) for row, some in zip(rows, drawn)]
 
 
 def solved_example(row):
-    """Context and true ending of a training row."""
+    """Context and true ending of a training row, and the blank line that ends an example."""
     context, endings = render_lmeval(row)
     return f"{context} {endings[row['label']]}\n\n"
 
@@ -203,16 +206,17 @@ def solved_example(row):
 def make_items(rows, style="lmeval", examples=None):
     """Rows of a HellaSwag file -> list of Item. `examples` holds one text per row, put in front of its context.
 
-    Examples end in a blank line, which no GPT-2 token spans: encoded by themselves they give the same tokens, once.
+    An ending's tokens depend on the item's own text alone: no GPT-2 token spans the line break before it.
     """
     render, encode = STYLES[style]
     tokenizer = get_tokenizer("gpt2")
     items = []
     for index, row in enumerate(rows):
         context, endings = render(row)
-        start = tokenizer.encode(examples[index]) if examples else []
         stem, tokens = encode(tokenizer, context, endings)
-        items.append(Item(index, row["label"], start + stem or [tokenizer.eot], tokens, [max(1, len(e)) for e in endings]))
+        if examples:
+            stem = tokenizer.encode(examples[index] + context.rstrip())
+        items.append(Item(index, row["label"], stem or [tokenizer.eot], tokens, [max(1, len(e)) for e in endings]))
     return items
 
 
@@ -222,24 +226,13 @@ def load_items(data="", shots=0, style="lmeval", limit=None, train="", folder="d
     shots > 0 puts solved examples of the `train` file (or the official one) in front of each context.
     """
     rows = read_split("val", data, folder)[:limit]
-    examples = draw_examples(read_split("train", train, folder), shots, len(rows)) if shots else None
+    examples = draw_examples(read_split("train", train, folder), rows, shots) if shots else None
     return make_items(rows, style, examples)
-
-
-def read_split(split, path, folder):
-    """Rows of a user's file, or of the official one when path is ""; a damaged official file is refused."""
-    data = read_bytes(path or fetch(split, folder))
-    official = is_official(data, split)
-    path = path or os.path.join(folder, f"hellaswag_{split}.jsonl")
-    if not official and path.startswith(folder):
-        raise InputError(f"{path} is not the official file any more; delete it and run again")
-    print(f"{path}: {'the official' if official else 'not the official'} {split} file")
-    return parse_rows(data, path)
 
 
 # ------------------------------------------------------------------------------------------------------------ 3 scoring
 
-GRID = 8                           # shared prefixes are multiples of this many tokens, padded endings too
+GRID = 8                           # shared prefixes are multiples of this many tokens, so that enough items have equal ones
 HEAD_ROWS = 512                    # scored positions multiplied with the head at once: 100 MB of float32 logits
 
 
@@ -250,10 +243,9 @@ class Batch:
     width: int
     items: list[Item]
 
-    @property
-    def tokens(self):
-        """Positions the layers compute."""
-        return len(self.items) * (self.prefix + 4 * self.width)
+    def cost(self, extra=0):
+        """Positions its rows would have without sharing, with `extra` items more; what memory is reckoned by."""
+        return 4 * (len(self.items) + extra) * (self.prefix + self.width)
 
 
 def shape_of(item, block_size):
@@ -272,14 +264,12 @@ def shape_of(item, block_size):
 
 def plan(items, block_size, batch_tokens):
     """Batches of items of equal prefix and similar width, the costliest first, so that too large ones fail at once."""
-    shaped = sorted(((*shape_of(item, block_size), item) for item in items), key=lambda s: s[:2], reverse=True)
+    shaped = sorted(((*shape_of(item, block_size), item) for item in items), key=lambda shape: shape[:2], reverse=True)
     batches = []
     for prefix, width, item in shaped:
-        last = batches[-1] if batches else None
-        if last is None or last.prefix != prefix or (len(last.items) + 1) * 4 * (prefix + last.width) > batch_tokens:
-            width = min(math.ceil(width / GRID) * GRID, block_size - prefix)
-            batches.append(last := Batch(prefix, width, []))
-        last.items.append(item)
+        if not batches or batches[-1].prefix != prefix or batches[-1].cost(extra=1) > batch_tokens:
+            batches.append(Batch(prefix, width, []))
+        batches[-1].items.append(item)
     return batches
 
 
@@ -311,20 +301,18 @@ def prefix_cache(model, batch, device, dtype):
     """Keys and values of the contexts' first tokens, one row for each ending; None if the batch shares no prefix."""
     if batch.prefix == 0:
         return None
-    weights = next(model.parameters()).dtype
-    cache = KVCache(model.config, len(batch.items), batch.prefix + batch.width, device,
-                    weights if dtype == torch.float32 else dtype)
+    dtype = model.head.weight.dtype if dtype == torch.float32 else dtype
+    cache = KVCache(model.config, len(batch.items), batch.prefix + batch.width, device, dtype)
     model.trunk(torch.tensor([item.context[:batch.prefix] for item in batch.items], device=device), cache=cache)
     return cache.repeat(4)
 
 
 def token_log_probs(model, hidden, targets):
     """log p(target) for hidden states (N, C) and targets (N,), in float32, a slice of positions at a time."""
-    weights = next(model.parameters()).dtype
     parts = []
     for h, t in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
-        logits = model.logits(h.to(weights)).float()
-        parts.append(-F.cross_entropy(logits, t, reduction="none"))
+        logits = model.logits(h.to(model.head.weight.dtype)).float()
+        parts.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)
 
 
@@ -333,31 +321,31 @@ def check_model(model):
     config = model.config
     if config.tokenizer != "gpt2":
         raise InputError(f"HellaSwag is scored in GPT-2 tokens; this model's tokenizer is {config.tokenizer!r}")
-    if config.vocab_size < get_tokenizer("gpt2").n_vocab:
+    if config.vocab_size < 50257:
         raise InputError(f"HellaSwag needs GPT-2's 50,257 token ids; this model knows {config.vocab_size:,}")
 
 
 @torch.no_grad()
-def score(model, items, batch_tokens=0, dtype=torch.float32, progress=None):
+def score(model, items, batch_tokens=8192, dtype=torch.float32, progress=None):
     """Summed log-probabilities (len(items), 4) of the endings, float64 on the CPU.
 
     model         an ExoFormer, not compiled; its train/eval mode is restored and no random number is drawn
-    batch_tokens  positions in one batch, counting a shared prefix four times; 0: 8,192 on a CPU, 65,536 on a GPU
+    batch_tokens  positions in one batch, counting a shared prefix four times
     dtype         torch.float32, or torch.bfloat16 to run the layers under autocast (log-probabilities stay float32)
     progress      called after each batch with (items done, all items, positions done, all positions)
     """
     check_model(model)
     device, was_training = next(model.parameters()).device, model.training
-    batches = plan(items, model.config.block_size, batch_tokens or (8192 if device.type == "cpu" else 65536))
-    scores, done, all_tokens = {}, 0, sum(batch.tokens for batch in batches)
+    batches = plan(items, model.config.block_size, batch_tokens)
+    scores, done, total = {}, 0, sum(batch.cost() for batch in batches)
     model.eval()
     try:
         for batch in batches:
             with torch.autocast(device.type, enabled=False):                   # whatever the caller runs under
                 scores.update(zip((item.index for item in batch.items), score_batch(model, batch, device, dtype)))
-            done += batch.tokens
+            done += batch.cost()
             if progress:
-                progress(len(scores), len(items), done, all_tokens)
+                progress(len(scores), len(items), done, total)
     finally:
         model.train(was_training)
     result = torch.stack([scores[item.index] for item in items])
@@ -383,22 +371,16 @@ def predictions(items, scores):
     return {metric: torch.from_numpy(q.numpy().argmax(-1)) for metric, q in zip(METRICS, quotients)}
 
 
-def mean_and_error(right):
-    """(mean, its standard error) of a list of 0 and 1, the error from the sample variance as in lm-eval."""
-    n, mean = len(right), sum(right) / len(right)
-    return mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else math.inf
-
-
 def accuracy(items, predicted):
-    """{metric: accuracy, metric_stderr: its standard error, "items": how many}."""
-    result = {"items": len(items)}
+    """{metric: accuracy, metric_stderr: its standard error, "items": how many}; sample variance, as in lm-eval."""
+    n, result = len(items), {"items": len(items)}
     for metric, choice in predicted.items():
-        right = [int(c == item.label) for c, item in zip(choice.tolist(), items)]
-        result[metric], result[f"{metric}_stderr"] = mean_and_error(right)
+        mean = sum(int(c) == item.label for c, item in zip(choice, items)) / n
+        result[metric], result[f"{metric}_stderr"] = mean, math.sqrt(mean * (1 - mean) / max(1, n - 1))
     return result
 
 
-def evaluate(model, items, batch_tokens=0, dtype=torch.float32, progress=None):
+def evaluate(model, items, batch_tokens=8192, dtype=torch.float32, progress=None):
     """What train.py calls: `score`, then `accuracy`. Arguments as in `score`."""
     return accuracy(items, predictions(items, score(model, items, batch_tokens, dtype, progress)))
 
@@ -414,7 +396,7 @@ def paired(right_a, right_b):
     """Compare two lists of 0 and 1 on the same items: mean of b - a, its 95 % interval, and who alone was right."""
     n, differences = len(right_a), [b - a for a, b in zip(right_a, right_b)]
     mean = sum(differences) / n
-    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n) if n > 1 else math.inf
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / max(1, n - 1) / n)
     only_a, only_b = differences.count(-1), differences.count(1)
     return {"difference": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error,
             "only_a": only_a, "only_b": only_b, "p": mcnemar(only_a, only_b)}
@@ -480,33 +462,41 @@ def parse_arguments(argv):
     parser.add_argument("--train", default="", help="where examples are drawn from for --shots; default: the official file, downloaded")
     parser.add_argument("--folder", default="data/hellaswag", help="where downloaded files are kept")
     parser.add_argument("--out", help="write label, scores and predictions of every item to this .jsonl file")
-    parser.add_argument("--batch_tokens", type=int, default=0, help="positions in one batch; 0: 8192 on a CPU, 65536 on a GPU")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="positions in one batch; fewer need less memory")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the layers")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two files written with --out, and stop")
     args = parser.parse_args(argv)
     if not args.ckpt and not args.compare:
         parser.error("give --ckpt=PATH or --compare A B")
-    if args.shots < 0 or args.batch_tokens < 0 or (args.limit is not None and args.limit < 1):
-        parser.error("--shots and --batch_tokens must not be negative, --limit must be at least 1")
+    if args.shots < 0 or args.batch_tokens < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("--shots must not be negative; --batch_tokens and --limit must be at least 1")
     if args.shots and args.style == "nanogpt":
         parser.error("--style=nanogpt has no examples; use --shots=0")
     return args
 
 
+def choose_device(name):
+    """The device of --device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device=cuda, but this PyTorch finds no GPU; take --device=cpu")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def run(args):
     """Score a checkpoint, print the accuracies, write --out."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
+        raise InputError(f"--out={args.out}: its folder does not exist or cannot be written")      # not after the work
+    device = choose_device(args.device)
     model = load_checkpoint(args.ckpt, device)
     check_model(model)
     items = load_items(args.data, args.shots, args.style, args.limit, args.train, args.folder)
-    if args.out:
-        write_atomic(args.out, b"")                          # a folder that cannot be written is found now, not after the work
     start = time.time()
     scores = score(model, items, args.batch_tokens, getattr(torch, args.dtype), Progress())
     seconds, predicted = time.time() - start, predictions(items, scores)
     if args.out:
-        write_atomic(args.out, "".join(f"{line}\n" for line in item_lines(items, scores, predicted)).encode())
+        with atomic(args.out) as file:
+            file.writelines(f"{line}\n".encode() for line in item_lines(items, scores, predicted))
     report(args, model, items, accuracy(items, predicted), seconds, device)
 
 
@@ -524,6 +514,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     try:
         compare(*args.compare) if args.compare else run(args)
+    except torch.OutOfMemoryError:
+        sys.exit(f"eval_hellaswag.py: the GPU's memory is full; halve --batch_tokens={args.batch_tokens}")
     except (InputError, ConfigError) as error:
         sys.exit(f"eval_hellaswag.py: {error}")
 
