@@ -49,6 +49,7 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 # ------------------------------------------------------------------------------------------------------------- 1 config
 
@@ -251,6 +252,21 @@ class WithinDocuments(Causal):
         super().__init__(config, length, device)
         before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         self.mask = (before & (docs[:, :, None] == docs[:, None, :]))[:, None]                     # (B, 1, T, T)
+
+
+class DocumentBlocks(Causal):
+    """WithinDocuments for compiled CUDA code: FlexAttention skips the blocks of 128 x 128 that no document fills."""
+
+    def __init__(self, config, length, device, docs):
+        super().__init__(config, length, device)
+
+        def visible(b, h, query, key):
+            return (query >= key) & (docs[b, query] == docs[b, key])
+        self.blocks = create_block_mask(visible, docs.size(0), None, length, length, device=device)
+
+    def attend(self, layer, q, k, v):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return flex_attention(q, k, v, block_mask=self.blocks).transpose(1, 2)                     # Eq. 2, block-sparse
 
 
 class Cached(Causal):
@@ -465,8 +481,9 @@ class ExoFormer(nn.Module):
     def positions(self, idx, docs, cache):
         """The one object all layers share: plain causal, within documents, or continuing a cache."""
         length, device = idx.size(1), idx.device
-        if docs is not None:
-            return WithinDocuments(self.config, length, device, docs)
+        if docs is not None:                   # FlexAttention is fast where it is compiled for CUDA, and only there
+            sparse = device.type == "cuda" and torch.compiler.is_compiling()
+            return (DocumentBlocks if sparse else WithinDocuments)(self.config, length, device, docs)
         return cache.positions(length, device) if cache is not None else Causal(self.config, length, device)
 
     def make_anchor(self, embedded):

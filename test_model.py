@@ -268,6 +268,15 @@ def test_documents_cannot_see_each_other(variant):
         torch.testing.assert_close(packed[:, start:stop, :96], model(idx[:, start:stop])[..., :96], atol=2e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_flex_attention_masks_the_same_tokens():
+    """The CUDA path of document masking, run by FlexAttention's eager CPU forward, where it needs no GPU."""
+    config, (q, k, v) = ModelConfig(**{**TINY, "block_size": 300}), torch.randn(3, 2, 300, 4, 8)
+    docs = (tokens(2, 300) < 3).cumsum(1)
+    sparse, dense = (kind(config, 300, "cpu", docs).attend(0, q, k, v) for kind in (M.DocumentBlocks, M.WithinDocuments))
+    torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-5)
+
+
 @every_variant
 @torch.no_grad()
 def test_cache_equals_full_forward(variant):
@@ -612,3 +621,321 @@ def test_learning_rate_and_momentum_follow_table_4():
     np.testing.assert_allclose([T.muon_momentum(step, ramp) for step in schedule["momentum_steps"]], schedule["momentum"], atol=1e-12)
     assert T.muon_momentum(5, paper) == 0.95
     assert max(T.lr_multiplier(step, paper) for step in range(0, 38147, 7)) == 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+import prepare_fineweb as P
+
+SMALL = """--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --ffn_dim=64 --block_size=32 --batch_size=2 --total_batch_size=128 --max_steps=12
+    --warmup_steps=2 --eval_every=4 --eval_tokens=160 --final_eval_tokens=160 --save_every=4 --keep=9 --compile=false --sample_tokens=8""".split()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of byte-level shards: two for training of 40 windows in all, one for validation, documents of 50 to 90 bytes."""
+    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+    for name, length in (("t_train_000000.bin", 900), ("t_train_000001.bin", 420), ("t_val_000000.bin", 170)):
+        ids = rng.integers(97, 123, length)
+        ids[0::70] = 256
+        P.write_shard(folder / name, ids)
+    (folder / "meta.json").write_text(json.dumps(dict(tokenizer="bytes")))
+    return folder
+
+
+def start(folder, data, *flags):
+    """(Trainer, RunFolder) of a small run; the flags come last and win."""
+    return T.prepare([f"--data={data}", f"--out_dir={folder}", *SMALL, *flags])
+
+
+class NeverStop:
+    signal = 0
+
+
+def train_fully(folder, data, *flags, stop_after=None):
+    """Run to the end, or as if stopped after a step. Returns the trainer; the folder's lock is released."""
+    trainer, run_folder = start(folder, data, *flags) if "--resume" not in flags else T.prepare([f"--out_dir={folder}", *flags])
+    stop = NeverStop()
+    update = trainer.update
+
+    def update_then_stop():
+        measured = update()
+        stop.signal = signal.SIGTERM if trainer.step == stop_after else 0
+        return measured
+    trainer.update = update_then_stop
+    T.run(trainer, run_folder, stop)
+    run_folder.log.close(), run_folder.lock.close()
+    return trainer
+
+
+def same_state(a, b):
+    """Names of the tensors that differ between two runs: weights and all optimizer states."""
+    pairs = [(f"weight {n}", p, q) for (n, p), q in zip(a.model.state_dict().items(), b.model.state_dict().values())]
+    for x, y in zip(a.optimizers, b.optimizers):
+        for i, (s, t) in enumerate(zip(x.state_dict()["state"].values(), y.state_dict()["state"].values())):
+            pairs += [(f"{type(x).__name__} {i} {key}", s[key], t[key]) for key in s]
+    return [name for name, p, q in pairs if not torch.equal(torch.as_tensor(p), torch.as_tensor(q))]
+
+
+def log_of(folder):
+    """The records of a run's log without their times."""
+    return [{k: v for k, v in json.loads(line).items() if k != "ms"} for line in open(folder / "log.jsonl")]
+
+
+def test_every_epoch_visits_every_window_once_in_its_own_order(data):
+    config = ModelConfig(**{**TINY, "block_size": 32, "vocab_size": 320})
+    split = T.Tokens(data, "train", config)
+    assert len(split) == 28 + 13 == 899 // 32 + 419 // 32
+    every = [split.window(i) for i in range(len(split))]
+    assert np.array_equal(every[28], P.read_shard(data / "t_train_000001.bin")[:33]) and every[3][-1] == every[4][0]
+    epochs = [split.shuffled(7, e * 41, 41) for e in range(2)]
+    assert sorted(map(bytes, epochs[0])) == sorted(map(bytes, epochs[1])) == sorted(map(bytes, np.array(every)))
+    assert not np.array_equal(*epochs)
+    assert np.array_equal(split.shuffled(7, 30, 20), np.concatenate([split.shuffled(7, k, 1) for k in range(30, 50)]))
+
+
+def test_a_token_outside_the_vocabulary_names_its_shard(data):
+    with pytest.raises(P.InputError, match="t_train_000000.bin: token id 256.*vocab_size=200"):
+        T.Tokens(data, "train", ModelConfig(**{**TINY, "vocab_size": 200})).window(0)
+
+
+@pytest.mark.parametrize("variant, flags", [
+    ("base", []), ("nuresformer", ["--mask_documents=false"]), ("exo_dynamic", []), ("exo_dynamic", ["--muon_ramp", "--muon_beta2=0.95"]),
+    ("exo", ["--optimizer=adamw"]), ("gated", ["--dtype=bfloat16"]), ("exo_dynamic", ["--dtype=pure_bfloat16"])])
+def test_resume_is_bitwise(variant, flags, data, tmp_path):
+    """12 steps = 5 steps, a stop, 7 more: weights, optimizer states, log. Step 10.25 ends the first epoch of the data."""
+    flags = [f"--variant={variant}", *flags]
+    whole = train_fully(tmp_path / "a", data, *flags)
+    train_fully(tmp_path / "b", data, *flags, stop_after=5)
+    assert (tmp_path / "b" / "ckpt_000005.pt").exists() and len(log_of(tmp_path / "b")) == 6
+    resumed = train_fully(tmp_path / "b", data, "--resume")
+    assert same_state(whole, resumed) == [] and resumed.step == 12
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+    assert [record["step"] for record in log_of(tmp_path / "b")] == list(range(13))
+
+
+@pytest.mark.slow
+def test_resume_is_bitwise_compiled_and_at_the_edge_of_an_epoch(data, tmp_path):
+    """block_size 31 makes 42 windows, so that step 14 of 3 x 31 tokens begins an epoch anew."""
+    flags = ["--variant=exo_dynamic", "--compile=true", "--n_layer=1", "--block_size=31", "--batch_size=1", "--total_batch_size=93", "--max_steps=16"]
+    whole = train_fully(tmp_path / "a", data, *flags)
+    assert len(whole.train) == 42
+    train_fully(tmp_path / "b", data, *flags, stop_after=14)
+    assert same_state(whole, train_fully(tmp_path / "b", data, "--resume")) == []
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+
+
+def test_same_seed_same_run_other_seed_another(data, tmp_path):
+    a, b, c = (train_fully(tmp_path / name, data, f"--seed={seed}", "--max_steps=3") for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert same_state(a, b) == [] and same_state(a, c) != []
+
+
+def test_accumulation_computes_the_same_step(data, tmp_path):
+    a, b = (train_fully(tmp_path / name, data, f"--batch_size={n}", "--max_steps=2", "--optimizer=adamw") for name, n in (("a", 4), ("b", 1)))
+    for p, q in zip(a.model.parameters(), b.model.parameters()):
+        torch.testing.assert_close(p, q, atol=2e-4, rtol=0)
+    assert abs(log_of(tmp_path / "a")[1]["loss"] - log_of(tmp_path / "b")[1]["loss"]) < 1e-5
+
+
+def test_training_lowers_the_validation_loss(data, tmp_path):
+    train_fully(tmp_path / "a", data, "--max_steps=40", "--eval_every=0")
+    losses = [record["val_loss"] for record in log_of(tmp_path / "a") if "val_loss" in record]
+    assert len(losses) == 2 and abs(losses[0] - math.log(320)) < 1e-4 and losses[1] < 0.65 * losses[0]
+
+
+def test_evaluation_is_the_mean_over_all_windows_and_counts_bytes(data, tmp_path):
+    """5 windows in batches of 2: the last batch is filled up, and must not count the filling."""
+    trainer = train_fully(tmp_path / "a", data, "--max_steps=2")
+    result, val = trainer.evaluate(0), P.read_shard(data / "t_val_000000.bin").astype(np.int64)
+    losses, n_bytes = [], 0
+    for start_at in range(0, 160, 32):
+        window = torch.tensor(val[start_at:start_at + 33])[None]
+        losses.append(trainer.model.loss(window[:, :-1], window[:, 1:], (window[:, :-1] == 256).cumsum(1))[0].item())
+        n_bytes += sum(int(t) != 256 for t in window[0, 1:])
+    assert len(trainer.val) == 5 and abs(result["val_loss"] - np.mean(losses)) < 1e-5
+    assert abs(result["val_bpb"] - sum(losses) * 32 / math.log(2) / n_bytes) < 1e-4 and result["val_ppl"] == math.exp(result["val_loss"])
+
+
+def newest_of(folder):
+    """What --resume would take."""
+    run_folder = T.RunFolder(folder, resume=True)
+    try:
+        return os.path.basename(run_folder.newest()[0])
+    finally:
+        run_folder.lock.close()
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped bit", "zero length", "malicious pickle", "of another program"])
+def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, data, tmp_path, capsys):
+    train_fully(tmp_path / "a", data)
+    path, witness = tmp_path / "a" / "ckpt_000012.pt", tmp_path / "witness"
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 3] ^= 1
+    {"truncated": lambda: path.write_bytes(whole[:-900]), "flipped bit": lambda: path.write_bytes(whole), "zero length": lambda: path.write_bytes(b""),
+     "malicious pickle": lambda: torch.save(Attack(witness), path), "of another program": lambda: torch.save(dict(weights=torch.zeros(3)), path)}[fault]()
+    assert newest_of(tmp_path / "a") == "ckpt_000008.pt"
+    assert "skipped" in capsys.readouterr().out and not witness.exists()
+    resumed = train_fully(tmp_path / "a", data, "--resume")
+    assert resumed.step == 12 and [record["step"] for record in log_of(tmp_path / "a")] == list(range(13))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--variant=base"], "--gate=False.*gate=True"), (["--n_embd=64"], "--n_embd=64.*n_embd=32"), (["--seed=5"], "--seed=5.*seed=1337"),
+    (["--data=elsewhere"], "--data=elsewhere.*data=.*shards"), (["--total_batch_size=64"], "--total_batch_size=64.*total_batch_size=128"),
+    (["--optimizer=adamw"], "--optimizer=adamw.*optimizer=muon")])
+def test_resume_refuses_another_run(flags, words, data, tmp_path):
+    train_fully(tmp_path / "a", data, "--max_steps=2")
+    with pytest.raises(ConfigError, match=words):
+        T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume", *flags])
+
+
+def test_resume_announces_what_may_change(data, tmp_path, capsys):
+    train_fully(tmp_path / "a", data, "--max_steps=4")
+    trainer = train_fully(tmp_path / "a", data, "--resume", "--max_steps=6", "--muon_lr=0.002")
+    out = capsys.readouterr().out
+    assert trainer.step == 6 and "max_steps from 4 to 6" in out and "muon_lr from 0.01 to 0.002" in out
+
+
+def test_a_folder_is_for_one_run_at_a_time(data, tmp_path):
+    trainer, run_folder = start(tmp_path / "a", data)
+    with pytest.raises(P.InputError, match="another run is writing there"):
+        T.RunFolder(tmp_path / "a", resume=True)
+    run_folder.log.close(), run_folder.lock.close()
+    with pytest.raises(P.InputError, match="holds a run already.*--resume"):
+        start(tmp_path / "a", data)
+    with pytest.raises(P.InputError, match="no whole checkpoint"):
+        T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume"])
+    with pytest.raises(P.InputError, match="no folder"):
+        T.prepare([f"--out_dir={tmp_path / 'nowhere'}", "--resume"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(P.InputError, match="cannot be written"):
+        start(tmp_path / "file" / "a", data)
+
+
+def test_only_the_newest_checkpoints_are_kept(data, tmp_path):
+    train_fully(tmp_path / "a", data, "--keep=2", "--save_every=3")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["ckpt_000009.pt", "ckpt_000012.pt", "lock", "log.jsonl"]
+
+
+@pytest.mark.parametrize("where, row", [("embed.weight", 100), ("layers.1.mlp.up.weight", 60)])
+def test_a_planted_nan_stops_the_run_and_is_never_saved(where, row, data, tmp_path):
+    trainer, run_folder = start(tmp_path / "a", data)
+    update = trainer.update
+
+    def plant():
+        if trainer.step == 6:
+            trainer.model.get_parameter(where).data[row, 3] = math.nan
+        return update()
+    trainer.update = plant
+    with pytest.raises(T.Diverged, match=f"step 7: .*lr 0.0.*not finite first: weight {where}"):
+        T.run(trainer, run_folder, NeverStop())
+    run_folder.log.close(), run_folder.lock.close()
+    assert newest_of(tmp_path / "a") == "ckpt_000004.pt" and log_of(tmp_path / "a")[-1]["step"] == 6
+
+
+def test_data_that_changed_since_is_refused(data, tmp_path):
+    copy = tmp_path / "data"
+    copy.mkdir()
+    for path in data.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    train_fully(tmp_path / "a", copy, "--max_steps=2")
+    (copy / "t_train_000001.bin").unlink()
+    with pytest.raises(P.InputError, match="2 shards of 1,320 tokens, but there are 1 of 900"):
+        T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume"])
+
+
+def test_max_minutes_stops_saved_and_resumable(data, tmp_path):
+    trainer = train_fully(tmp_path / "a", data, "--max_minutes=0.0001")
+    assert trainer.step == 1 and train_fully(tmp_path / "a", data, "--resume", "--max_minutes=0").step == 12
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--variant=exo_dynamc"], "did you mean exo_dynamic"), (["--vairant=exo"], "did you mean --variant"), (["--preset=papr"], "did you mean paper"),
+    (["--n_layer=two"], "invalid int value: 'two'"), (["--gate=maybe"], "'maybe' is neither true nor false"), (["--max_steps"], "expected one argument")])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        T.parse_flags(flags)
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and words in message and message.count("\n") == 1
+
+
+def test_every_setting_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit):
+        T.parse_flags(["--help"])
+    text = capsys.readouterr().out
+    for config in (T.TrainConfig, ModelConfig):
+        for field in T.fields(config):
+            assert field.metadata["help"], field.name
+            assert field.name == "tokenizer" or f"--{field.name} " in text
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"), (["--device=cuda"], "no CUDA device"), (["--batch_size=0"], "--batch_size=0"),
+    (["--dtype=float16"], "--dtype=float16 must be one of"), (["--n_head=3"], "n_embd=32 is not a multiple of n_head=3"), (["--block_size=5000", "--total_batch_size=10000"], "lower --block_size"),
+    (["--data=nowhere"], "nowhere.*--input=FILES --out=nowhere"), (["--preset=paper", "--data="], "python prepare_fineweb.py")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="expects a machine without CUDA")
+def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ConfigError, P.InputError), match=words) as error:
+        start(tmp_path / "a", data, *flags)
+    assert "\n" not in str(error.value)
+
+
+def launch(folder, *flags, **kwargs):
+    """train.py as a user starts it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
+    return subprocess.Popen([sys.executable, str(HERE / "train.py"), *SMALL, f"--out_dir={folder}", *flags], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_tells_how_to_go_on_and_exits_with_its_code(number, data, tmp_path):
+    folder = tmp_path / "a"
+    process = launch(folder, f"--data={data}", "--max_steps=100000", "--eval_every=0", "--save_every=0")
+    wait_for(lambda: (folder / "log.jsonl").exists() and len(open(folder / "log.jsonl").readlines()) > 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    step = int(newest_of(folder)[5:-3])
+    assert process.returncode == 128 + number and f"python train.py --resume --out_dir={folder}" in out and "Traceback" not in err
+    assert log_of(folder)[-1]["step"] == step
+    whole = train_fully(tmp_path / "b", data, "--max_steps=100000", "--eval_every=0", "--save_every=0", stop_after=step + 2)
+    resumed = train_fully(folder, data, "--resume", stop_after=step + 2)
+    assert same_state(whole, resumed) == []
+
+
+@pytest.mark.slow
+def test_a_storm_of_kills_loses_nothing(data, tmp_path):
+    """paper/storm.py runs this for as long as you like."""
+    folder, rng = tmp_path / "a", np.random.default_rng(3)
+    flags = [f"--data={data}", "--max_steps=150", "--save_every=5", "--eval_every=50", "--keep=2"]
+    for kills in range(8):
+        resume = folder.exists() and any(folder.glob("ckpt_*.pt"))
+        process = launch(folder, *(["--resume"] if resume else flags)) if resume or not folder.exists() else None
+        if process is None:
+            [p.unlink() for p in folder.iterdir()], folder.rmdir()
+            continue
+        wait_for(lambda: process.poll() is not None or (folder / "log.jsonl").exists())
+        time.sleep(float(rng.uniform(0, 1.0)))
+        process.kill()
+        process.communicate()
+    resumed = train_fully(folder, data, "--resume") if any(folder.glob("ckpt_*.pt")) else train_fully(tmp_path / "c", data, *flags)
+    whole = train_fully(tmp_path / "b", data, *flags)
+    assert same_state(whole, resumed) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
+def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_path):
+    """Files may not grow past 30 kB: a checkpoint does not fit, log.jsonl does."""
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    process = launch(tmp_path / "a", f"--data={data}", preexec_fn=limit)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and out.count("COULD NOT SAVE") == 3 and "Traceback" not in err
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["lock", "log.jsonl"] and len(log_of(tmp_path / "a")) == 13

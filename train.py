@@ -181,6 +181,9 @@ def fresh_settings(variant, preset, given):
     settings = {**VARIANTS[variant], **PRESETS[preset], **given}
     settings["out_dir"] = settings.get("out_dir") or f"out/{preset}-{variant}"
     settings["data"] = settings.get("data") or choose_data(preset, have_fineweb)
+    if not os.path.isdir(settings["data"]):
+        raise InputError(f"--data={settings['data']}: no such folder; write shards there with: "
+                         f"python prepare_fineweb.py --input=FILES --out={settings['data']}")
     settings["tokenizer"] = read_meta(settings["data"])["tokenizer"]
     if preset != "paper" and "vocab_size" not in given:
         settings["vocab_size"] = 64 * math.ceil(get_tokenizer(settings["tokenizer"]).n_vocab / 64)
@@ -797,6 +800,7 @@ def prepare(argv):
         path, checkpoint = folder.newest()
         model_config, config = resumed_settings(variant, preset, given, checkpoint)
         say(f"continuing {path} after step {checkpoint['step']}")
+    torch.backends.cuda.enable_cudnn_sdp(False)            # its masked backward has given NaN (pytorch issue 196678)
     if config.deterministic == "true":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
