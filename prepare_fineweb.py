@@ -379,11 +379,12 @@ def encode(batch, tokenizer):
 
 def in_order(function, items, workers):
     """map(function, items) by several processes: results in the order of items, only a few of them alive at a time.
-    (Not by multiprocessing.Pool, which waits for ever when one of its processes is killed.)"""
+    (Not by multiprocessing.Pool, which waits for ever when one of its processes is killed. Forked, not spawned: then
+    they have the tokenizer that this process loaded already.)"""
     from concurrent.futures import ProcessPoolExecutor, process
     from multiprocessing import get_context
     waiting = deque()
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, get_context("fork"), initializer=end_with_parent) as pool:
         try:
             for item in items:
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})     # workers inherit it: Ctrl-C is for us
@@ -447,7 +448,7 @@ def tokenise(paths, folder, tokenizer="gpt2", workers=1, shard_tokens=SHARD_TOKE
     if done_before(folder, recipe):
         print(f"{folder}: these shards are there already, made from the same files with the same settings")
         return read_meta(folder)
-    get_tokenizer(tokenizer)                                      # if it cannot be had, say so before the work
+    get_tokenizer(tokenizer)                                      # before the work, and before the workers are forked
     stage, size = os.path.join(folder, STAGE), sum(stat.st_size for stat in stats)
     shutil.rmtree(stage, ignore_errors=True)
     os.mkdir(stage)
