@@ -184,16 +184,15 @@ def variant_config(variant, **overrides):
 # -------------------------------------------------------------------------------------------------------------- 2 parts
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; weight (dim,) starts at 1."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, the mean in float32; weight (dim,) starts at 1."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.empty(dim)), eps
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight).type_as(x)
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (x * scale).type_as(x) * self.weight.type_as(x)          # so the backward reads and keeps x's dtype alone
 
 
 class Linear(nn.Linear):
@@ -229,14 +228,16 @@ class Causal:
         channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
         position = torch.arange(start, start + length, dtype=torch.float32, device=device)
         angle = torch.outer(position, config.rope_theta ** (-channel / config.head_dim))
-        self.cos, self.sin = angle.cos()[:, None, :], angle.sin()[:, None, :]                      # (T, 1, D/2)
+        cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
+        table = torch.cat((cos, cos, -sin, sin), dim=-1)                    # one tensor, or each kernel redoes the cosines
+        self.cos, self.sin = table.chunk(2, dim=-1)                         # (T, 1, D)
         self.mask = None
 
     def rotate(self, x):
         """RoPE, half-split: channel i is paired with i + D/2. x (B, T, H, D)."""
-        first, second = (half.float() for half in x.chunk(2, dim=-1))
-        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat([half.type_as(x) for half in turned], dim=-1)      # cast, then concatenate: half the traffic
+        y = x.float()
+        partner = y.unflatten(-1, (2, -1)).flip(-2).flatten(-2)             # its derivative is a flip too: both fuse
+        return (y * self.cos + partner * self.sin).type_as(x)
 
     def attend(self, layer, q, k, v):
         """softmax(q k^T / sqrt(D)) v. All (B, T, H, D); `layer` is for subclasses that remember."""
@@ -307,7 +308,7 @@ class DynamicMixing(nn.Module):
 
     def forward(self, h):
         gamma = torch.sigmoid(self.fc2(F.gelu(self.fc1(h))).float() + self.bias)                   # Eq. 11
-        slots = gamma.type_as(h)[..., None, None].unbind(-3)                                                  # 2m of (B, T, 1, 1)
+        slots = gamma[..., None, None].unbind(-3)                                                     # 2m of (B, T, 1, 1)
         return {s: (slots[2 * i], slots[2 * i + 1]) for i, s in enumerate(self.letters)}
 
 
@@ -316,10 +317,34 @@ class StaticMixing(nn.Module):
 
     def __init__(self, config, letters):
         super().__init__()
-        self.ones = {s: (1.0, 1.0) for s in letters}
+        self.letters = letters
 
     def forward(self, h):
-        return self.ones
+        return dict.fromkeys(self.letters, torch.ones(2, device=h.device).unbind())
+
+
+class WeightedSum(torch.autograd.Function):
+    """Eq. 12 in float32 with its derivative written out: autograd would keep the product lambda * S of every S as well.
+
+    In the backward `grad` is a factor of every product: one pass over grad, anchor and current gives all sums, and
+    torch.compile has nothing to store for it in the forward.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, current, lambda_anchor, lambda_current, gamma_anchor, gamma_current):
+        ctx.save_for_backward(anchor, current, lambda_anchor, lambda_current, gamma_anchor, gamma_current)
+        mixed = gamma_anchor * lambda_anchor * anchor + gamma_current * lambda_current * current   # Eq. 10, Eq. 12
+        return mixed.type_as(current)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pair, lambdas, gammas = ctx.saved_tensors[:2], ctx.saved_tensors[2:4], ctx.saved_tensors[4:]
+        of_pair = [(grad * (l * g)).type_as(s) for s, l, g in zip(pair, lambdas, gammas)]
+        of_lambdas = [(grad * g * s).sum_to_size(l.shape).type_as(l) for s, l, g in zip(pair, lambdas, gammas)]
+        of_gammas = [None, None]                                            # static: the gammas are constants
+        if ctx.needs_input_grad[4]:
+            of_gammas = [(grad * l * s).sum_to_size(g.shape).type_as(g) for s, l, g in zip(pair, lambdas, gammas)]
+        return *of_pair, *of_lambdas, *of_gammas
 
 
 class Mix(nn.Module):
@@ -333,8 +358,7 @@ class Mix(nn.Module):
 
     def forward(self, anchor, current, gamma):
         """anchor (normalised where it was made), current (B, T, H, D); gamma a pair that broadcasts against them."""
-        lambda_anchor, lambda_current = self.lambda_anchor.type_as(current), self.lambda_current.type_as(current)
-        return gamma[0] * (lambda_anchor * anchor) + gamma[1] * (lambda_current * current)         # Eq. 10, Eq. 12
+        return WeightedSum.apply(anchor, current, self.lambda_anchor, self.lambda_current, *gamma)
 
 
 class Anchor(nn.Module):
@@ -385,7 +409,7 @@ class Gate(nn.Module):
     """Elementwise gate on the attention output: u * sigmoid(g), both (B, T, H, D)."""
 
     def forward(self, u, proj):
-        return u * torch.sigmoid(proj["g"])                                                        # Eq. 5, 6
+        return (u * torch.sigmoid(proj["g"].float())).type_as(u)       # Eq. 5, 6; a bfloat16 sigmoid would be kept
 
 
 class NoGate(nn.Module):
