@@ -1,12 +1,12 @@
 """
 HellaSwag: four endings of a short story, of which a language model should find the true one the likeliest.
 
-    python eval_hellaswag.py --ckpt=out/exo/ckpt.pt                         # 0-shot, rendered as lm-evaluation-harness does
+    python eval_hellaswag.py --ckpt=out/exo/ckpt.pt                       # 0-shot, as lm-evaluation-harness renders it
     python eval_hellaswag.py --ckpt=out/exo/ckpt.pt --shots=5 --out=exo.jsonl
     python eval_hellaswag.py --compare base.jsonl exo.jsonl                 # is the difference more than chance?
 
-Every number of this benchmark follows a convention: how an item is turned into text, and what the summed log-probability
-of an ending is divided by before the largest is taken. One scoring pass gives all three quotients.
+Every number of this benchmark follows a convention: how an item becomes text, and what the summed log-probability of an
+ending is divided by before the largest is taken. One scoring pass gives all three quotients.
 
     --style    text                                                               the number usually quoted
     lmeval     "activity: ctx_a Ctx_b", WikiHow's [title] marks cleaned away      acc, acc_norm (characters)
@@ -47,7 +47,8 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57/data/hellaswag_{}.jsonl"
+COMMIT = "a29ff8e9a04bba4bd6588223785ce105328adc57"
+URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/{COMMIT}/data/hellaswag_{{}}.jsonl"
 OFFICIAL = {  # split: (checksum, its value); the train file's is the one that TensorFlow Datasets publishes
     "val": (git_blob_id, "0f5ee25d72216f12317d5d8a7b92deafa423d81e"),
     "train": (sha256, "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d"),
@@ -99,7 +100,8 @@ def read_bytes(path):
 
 
 def read_split(split, path, folder):
-    """Rows of the user's file `path`, or of the official one if it is ""; says which, and refuses a damaged official one."""
+    """Rows of the user's file `path`, or of the official one if it is ""; prints which. A damaged official one
+    is refused."""
     name = path or fetch(split, folder)
     data = read_bytes(name)
     official = is_official(data, split)
@@ -171,7 +173,7 @@ def render_nanogpt(row):
 
 
 def encode_jointly(tokenizer, context, endings):
-    """lm-eval: an ending's tokens are what context + ending has beyond the context; spaces between go with the ending."""
+    """lm-eval: an ending's tokens are what context + ending has beyond the context; spaces between are the ending's."""
     stem = tokenizer.encode(context.rstrip())
     return stem, [tokenizer.encode(f"{context} {ending}")[len(stem):] for ending in endings]
 
@@ -232,8 +234,9 @@ def load_items(data="", shots=0, style="lmeval", limit=None, train="", folder="d
 
 # ------------------------------------------------------------------------------------------------------------ 3 scoring
 
-GRID = 8                           # shared prefixes are multiples of this many tokens, so that enough items have equal ones
-HEAD_ROWS = 512                    # scored positions multiplied with the head at once: 100 MB of float32 logits
+GRID = 8                           # shared prefixes are multiples of this many tokens, so that many are equally long
+HEAD_ROWS = 128                    # scored positions multiplied with the head at once: 26 MB of logits, few enough that
+                                   # malloc keeps them; fresh pages for larger ones cost as much as a small model's work
 
 
 @dataclass(frozen=True)
@@ -420,6 +423,8 @@ def read_results(path):
             records[record["index"]] = {"label": record["label"], **{metric: record[metric] for metric in METRICS}}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not a line of --out ({error})") from None
+    if not records:
+        raise InputError(f"{path}: no items in it")
     return records
 
 
@@ -432,13 +437,13 @@ def compare(path_a, path_b):
     for metric in METRICS:
         right_a, right_b = ([int(r[i][metric] == r[i]["label"]) for i in sorted(a)] for r in (a, b))
         c = paired(right_a, right_b)
-        print(f"{metric:16} A {sum(right_a) / len(a):6.2%}  B {sum(right_b) / len(a):6.2%}  B - A {100 * c['difference']:+.2f} "
-              f"points, 95 % interval [{100 * c['low']:+.2f}, {100 * c['high']:+.2f}]; only A right {c['only_a']}, "
-              f"only B {c['only_b']}, McNemar exact p = {c['p']:.3g}")
+        print(f"{metric:16} A {sum(right_a) / len(a):6.2%}  B {sum(right_b) / len(a):6.2%}  "
+              f"B - A {100 * c['difference']:+.2f} points, 95 % interval [{100 * c['low']:+.2f}, "
+              f"{100 * c['high']:+.2f}]; right alone: A {c['only_a']}, B {c['only_b']}; McNemar exact p = {c['p']:.3g}")
 
 
 class Progress:
-    """Prints items done, rate and time left, at most every few seconds; time is judged by positions, not items."""
+    """Prints items done, rate and time left, every few seconds at most; time is judged by positions, not items."""
 
     def __init__(self, every=5.0):
         self.start = self.said = time.time()
@@ -448,7 +453,8 @@ class Progress:
         now = time.time()
         if now - self.said >= self.every:
             spent = now - self.start
-            print(f"{items}/{all_items} items, {items / spent:.1f} items/s, {spent * (all_tokens / tokens - 1):.0f} s left", flush=True)
+            left = spent * (all_tokens / tokens - 1)
+            print(f"{items}/{all_items} items, {items / spent:.1f} items/s, {left:.0f} s left", flush=True)
             self.said = now
 
 
@@ -456,10 +462,10 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="HellaSwag accuracy of a checkpoint, or a comparison of two results.")
     parser.add_argument("--ckpt", help="checkpoint to score: one of train.py, or one released with the paper")
     parser.add_argument("--shots", type=int, default=0, help="solved examples in front of each item; the paper uses 5")
-    parser.add_argument("--style", choices=STYLES, default="lmeval", help="how an item becomes text; see the top of this file")
+    parser.add_argument("--style", choices=STYLES, default="lmeval", help="how items become text")
     parser.add_argument("--limit", type=int, help="score the first LIMIT items only")
-    parser.add_argument("--data", default="", help="validation items, .jsonl or .jsonl.gz; default: the official file, downloaded once")
-    parser.add_argument("--train", default="", help="where examples are drawn from for --shots; default: the official file, downloaded")
+    parser.add_argument("--data", default="", help="items, .jsonl or .jsonl.gz; default: the official file, downloaded")
+    parser.add_argument("--train", default="", help="where examples come from; default: the official file, downloaded")
     parser.add_argument("--folder", default="data/hellaswag", help="where downloaded files are kept")
     parser.add_argument("--out", help="write label, scores and predictions of every item to this .jsonl file")
     parser.add_argument("--batch_tokens", type=int, default=8192, help="positions in one batch; fewer need less memory")

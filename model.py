@@ -5,7 +5,7 @@ Anchors" (arXiv 2601.08131), by flags.
 The idea. Attention projects its input into queries, keys, values and (here) gate logits. The paper mixes each of these
 with an ANCHOR: the same projection taken close to the token embeddings, so that deep layers need not carry token
 identity themselves. The anchor is either layer 1's own projection (internal: ResFormer, NuResFormer) or that of four
-extra matrices outside the stack (exogenous: ExoFormer). Everything the paper adds is one line, in `Mix.forward`.
+extra matrices outside the stack (exogenous: ExoFormer). Everything the paper adds is one line, in `WeightedSum`.
 
     tokens -> embedding H_0 --------------------------------------------+
                  |                                                      |  once per forward (make_anchor):
@@ -33,7 +33,7 @@ Symbols, paper | code | shape | where:
     gamma_{n,1|2}^S     gamma[s] = (anchor, current)    (B, T, 1, 1)        DynamicMixing, Eq. 11, 12
 
 Numbers live in two precisions. Parameters are float32; under torch.autocast the residual stream and every matrix
-product are bfloat16. RMSNorm statistics, RoPE, mixing, softmax statistics and the loss are computed in float32.
+product are bfloat16. The means of RMSNorm, RoPE, mixing, gate, softmax statistics and the loss are computed in float32.
 
 `python model.py` prints the table of variants; `python model.py --ckpt=PATH --prompt="Once"` samples from a checkpoint.
 """

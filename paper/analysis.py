@@ -249,6 +249,8 @@ def analyse(model, windows, dtype="float32", ablate_anchor=False, progress=lambd
 
 def variant_name(config):
     """The --variant name of a configuration by its axes, "custom" where Table 3 has no such row."""
+    if config.anchor == "none":                            # nothing is mixed, so the shape of a lambda means nothing
+        config = replace(config, granularity="elementwise")
     name = name_of(config)
     return name if name in VARIANTS else "custom"
 

@@ -69,7 +69,7 @@ class Contender:
         self.optimizers = T.build_optimizers(self.model, self.config)
         self.objective = T.Objective(self.model, self.config)
         if args.compile:
-            self.objective.compile(fullgraph=True, dynamic=False)
+            self.objective.compile(fullgraph=True, dynamic=False, options=T.COMPILE_OPTIONS[args.device])
         self.idx, self.targets = torch.randint(args.vocab_size, (2, args.batch_size, args.block_size), device=args.device)
         self.docs = (self.idx < args.vocab_size // 512).cumsum(1) if args.mask_documents else None
 

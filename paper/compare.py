@@ -291,7 +291,7 @@ FAMILY_STYLES = {  # (colour, line, marker) of a variant without its granularity
     "nuresformer": ("#0072B2", (0, (6, 2)), "D"),
     "exo_nonorm": ("#B8860B", (0, (2, 2)), "p"),
     "exo_dynamic": ("#E69F00", (0, (8, 2, 2, 2)), "h"),
-    "exo": ("#D55E00", "-", "*"),
+    "exo": ("#D55E00", (0, (5, 1, 1, 1, 1, 1)), "*"),
 }
 FILLS = {"headwise": "none", "scalar": "left"}
 
@@ -328,23 +328,13 @@ def draw(groups, baseline, path):
         points = [point for point in group.curve() if point[0] > 0]
         tokens, mean, low, high = zip(*((t / unit, m, a, b) for t, m, a, b in points)) if points else ((), (), (), ())
         for axes in (whole, late):
-            axes.plot(
-                tokens,
-                mean,
-                label=group.label,
-                markersize=6,
-                linewidth=1.6,
-                markevery=max(1, len(tokens) // 12),
-                **style,
-            )
+            axes.plot(tokens, mean, label=group.label, linewidth=1.6, markevery=max(1, len(tokens) // 12), **style)
             if len(group.runs) > 1:
                 axes.fill_between(tokens, low, high, color=style["color"], alpha=0.15, linewidth=0)
     level = [loss for _, loss, _, _ in baseline.curve()][-1:]
     for axes in (whole, late):
         if level:
-            axes.axhline(
-                level[0], color="#444444", linewidth=0.8, linestyle=(0, (1, 3)), label=f"last of {baseline.label}"
-            )
+            axes.axhline(level[0], color="#444444", linewidth=0.8, linestyle=":", label=f"last of {baseline.label}")
         axes.set(xlabel=f"training tokens ({word})", ylabel="validation loss (nats per token)")
         axes.grid(alpha=0.25)
     enlarge(late, groups, 0.6 * longest, unit)
@@ -362,15 +352,15 @@ def enlarge(axes, groups, start, unit):
         axes.set(xlim=(start / unit, None), ylim=(min(late) - margin, max(late) + margin), title="the end, enlarged")
 
 
-def have_matplotlib():
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def summarise(folders, baseline="base"):
     """(groups, the baseline among them, table rows, remarks) of run folders."""
     groups = group_runs([read_run(folder) for folder in folders])
     base = find_baseline(groups, baseline)
     return groups, base, rows_of(groups, base), list(notes(groups, base))
+
+
+def can_draw():
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def write(groups, base, rows, remarks, out="", png=""):
@@ -383,7 +373,7 @@ def write(groups, base, rows, remarks, out="", png=""):
                     {"baseline": base.label, "rows": rows, "notes": remarks, "curves": curves}, indent=1
                 ).encode()
             )
-    if png and importlib.util.find_spec("matplotlib"):
+    if png and can_draw():
         draw(groups, base, png)
     elif png:
         print("no picture: it needs matplotlib (pip install -r paper/requirements.txt)", file=sys.stderr)

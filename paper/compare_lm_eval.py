@@ -2,8 +2,8 @@
 
     python paper/compare_lm_eval.py --data=hellaswag_val.jsonl --train=hellaswag_train.jsonl --shots=5
 
-Needs `pip install lm_eval datasets transformers` (tried with lm_eval 0.4.13). It runs lm_eval's own HellaSwag task on local
-files, and lm_eval's own scoring loop over a random-weight model.
+Needs `pip install lm_eval datasets transformers accelerate` (tried with lm_eval 0.4.13). It runs lm_eval's own
+HellaSwag task on local files, and lm_eval's own scoring loop over a random-weight model.
 """
 import argparse
 import json
@@ -20,7 +20,8 @@ from model import ExoFormer, variant_config
 from prepare_fineweb import get_tokenizer
 
 LICENCE = "HellaSwag items, Copyright (c) 2019 Rowan Zellers, MIT licence, https://github.com/rowanz/hellaswag"
-GPT2_PIECE = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+")    # for ASCII text
+# where GPT-2's tokenizer cuts ASCII text
+GPT2_PIECE = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+")
 
 
 def harness_requests(data, train, shots, limit):
@@ -73,7 +74,7 @@ def compare_rendering(items, requests, harness):
 
 
 def compare_scores(model, items, task, harness):
-    """(largest difference of a score, predictions that differ, of them within 1e-3 of a tie, lm_eval's and our accuracies)."""
+    """Print accuracies and predictions of both, and the largest difference between their scores."""
     wanted = {item.index for item in items}
     instances = [request for request in task.instances if request.doc_id in wanted]
     answers = harness.loglikelihood(instances, disable_tqdm=True)
@@ -86,16 +87,17 @@ def compare_scores(model, items, task, harness):
     results = [task.process_results(instances[4 * i].doc, answers[4 * i:4 * i + 4]) for i in range(len(items))]
     for metric in ("acc", "acc_norm"):
         right = sum(int(predicted[metric][i]) == item.label for i, item in enumerate(items))
-        print(f"{metric}: lm_eval {sum(r[metric] for r in results) / len(items):.4f}, ours {right / len(items):.4f}, predictions "
-              f"that differ: {int((predicted[metric] != other[metric]).sum())}")
-    print(f"largest difference of a score {float((ours - theirs).abs().max()):.2e}; predictions that differ though the best "
-          f"two are more than 1e-3 apart: {int((differ & (top[:, 0] - top[:, 1] > 1e-3)).sum())}")
+        print(f"{metric}: lm_eval {sum(r[metric] for r in results) / len(items):.4f}, ours {right / len(items):.4f}, "
+              f"predictions that differ: {int((predicted[metric] != other[metric]).sum())}")
+    print(f"largest difference of a score {float((ours - theirs).abs().max()):.2e}; predictions that differ though the "
+          f"best two are more than 1e-3 apart: {int((differ & (top[:, 0] - top[:, 1] > 1e-3)).sum())}")
 
 
 def random_model(block_size, seed=0):
     """A small ExoFormer whose zero-initialised matrices are random too."""
     torch.manual_seed(seed)
-    model = ExoFormer(variant_config("exo", n_layer=2, n_embd=64, n_head=2, vocab_size=50257, block_size=block_size)).eval()
+    config = variant_config("exo", n_layer=2, n_embd=64, n_head=2, vocab_size=50257, block_size=block_size)
+    model = ExoFormer(config).eval()
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
@@ -103,9 +105,9 @@ def random_model(block_size, seed=0):
 
 
 def write_golden(folder, data, count=40, few=5):
-    """Write test data: hellaswag_sample.jsonl, `count` rows spread over the file, and hellaswag_golden.json, what lm_eval
-    makes of them: text and tokens, 0-shot, and 5-shot for the first `few` with examples drawn from the same rows. The latter
-    also has every piece of those texts that GPT-2's tokenizer treats as one, with its tokens, so that tests need no download."""
+    """Write test data. hellaswag_sample.jsonl: `count` rows spread over the file. hellaswag_golden.json: the text and
+    tokens that lm_eval makes of them, 0-shot, and 5-shot for the first `few` with examples drawn from the same rows; and
+    every piece of those texts that GPT-2's tokenizer treats as one, with its tokens, so that tests need no download."""
     rows = eval_hellaswag.read_split("val", data, "")
     rows = rows[::len(rows) // count][:count]
     sample = os.path.join(folder, "hellaswag_sample.jsonl")
@@ -115,7 +117,8 @@ def write_golden(folder, data, count=40, few=5):
     for shots, limit in ((0, count), (5, few)):
         requests = harness_requests(sample, sample, shots, limit)[1]
         golden[f"{shots}-shot"] = [golden_entry(harness, requests[i:i + 4]) for i in range(0, len(requests), 4)]
-    texts = [text for shots in ("0-shot", "5-shot") for e in golden[shots] for text in (e["context"], *e["continuations"])]
+    entries = golden["0-shot"] + golden["5-shot"]
+    texts = [text for entry in entries for text in (entry["context"], *entry["continuations"])]
     texts += [text for row in rows for text in (row["ctx"], *(f" {ending}" for ending in row["endings"]))]
     pieces = sorted({piece for text in texts for piece in GPT2_PIECE.findall(text)})
     golden["pieces"] = {piece: get_tokenizer("gpt2").encode(piece) for piece in pieces}
@@ -138,7 +141,7 @@ def main():
     parser.add_argument("--shots", type=int, default=0, help="solved examples in front of each item")
     parser.add_argument("--limit", type=int, help="compare the first LIMIT items only")
     parser.add_argument("--score", type=int, default=300, help="items to score, evenly spread over the file")
-    parser.add_argument("--block_size", type=int, default=1024, help="of the random model; a small one tests cutting on the left")
+    parser.add_argument("--block_size", type=int, default=1024, help="of the random model; a small one tests cutting")
     parser.add_argument("--golden", metavar="FOLDER", help="write the test data into this folder, and stop")
     args = parser.parse_args()
     if args.golden:
@@ -147,7 +150,8 @@ def main():
     items = eval_hellaswag.load_items(args.data, args.shots, "lmeval", args.limit, args.train)
     model = random_model(args.block_size)
     harness = harness_model(model)
-    print(f"{args.shots}-shot: {compare_rendering(items, requests, harness)} of {len(items)} items are rendered differently")
+    different = compare_rendering(items, requests, harness)
+    print(f"{args.shots}-shot: {different} of {len(items)} items are rendered differently")
     compare_scores(model, items[::max(1, len(items) // args.score)][:args.score], task, harness)
 
 

@@ -18,7 +18,6 @@ many (32 for 29), since its layer has 10 C^2 weights instead of 11.
 import argparse
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 import compare
 from model import VARIANTS, ConfigError, ExoFormer, count_parameters, flops_per_token
 from prepare_fineweb import InputError, atomic, find_shards, locked, shard_tokens
-from train import choose_data, clock, fresh_settings, parse_flags
+from train import RunFolder, choose_data, clock, fresh_settings, parse_flags
 
 TRAIN = [sys.executable, os.path.join(HERE, "..", "train.py")]
 
@@ -107,10 +106,11 @@ def make_jobs(experiments, seeds, flags, out_dir):
 def plan(args):
     """The sweep that the command line asks for. InputError or ConfigError for what train.py would refuse."""
     seeds, flags = SETTINGS[args.setting]
-    _, _, given = parse_flags(args.train_flags)
-    for name in ("seed", "out_dir", "data", "resume"):
-        if name in given:
-            raise InputError(f"-- --{name}: the sweep sets it itself; use --seeds, --out_dir or --data in front of --")
+    variant, preset, given = parse_flags(args.train_flags)
+    ours = [name for name in ("seed", "out_dir", "data", "resume") if name in given]
+    ours += [name for name, value in (("variant", variant), ("preset", preset)) if value]
+    if ours:
+        raise InputError(f"-- --{ours[0]}: the sweep sets it itself; see --variants, --seeds, --data and --out_dir")
     flags = {**flags, **given, "data": args.data or choose_data("smoke", False)}
     experiments = ABLATIONS[args.ablation] if args.ablation else [(variant, {}) for variant in args.variants]
     out_dir = args.out_dir or f"out/sweep-{args.setting}" + (f"-{args.ablation}" if args.ablation else "")
@@ -234,11 +234,18 @@ def run_to_end(command):
             signal.signal(number, handler)
 
 
+def forget(job):
+    """Remove the log of a run that was killed before its first checkpoint. InputError if the run still lives."""
+    folder = RunFolder(job.folder, resume=True)
+    os.remove(folder.log_path)
+    folder.lock.close()
+
+
 def train(job):
     """Start or resume one run; its exit code."""
     state = state_of(job)
-    if state == "new" and os.path.isdir(job.folder):  # killed before its first checkpoint: nothing to keep
-        shutil.rmtree(job.folder)
+    if state == "new" and os.path.exists(os.path.join(job.folder, "log.jsonl")):
+        forget(job)
     return run_to_end(job.command(**({"resume": True} if state == "stopped" else {})))
 
 
@@ -277,11 +284,10 @@ def tabulate(jobs, diverged=()):
     if not finished:
         return missing
     groups, base, rows, remarks = compare.summarise([job.folder for job in finished])
-    lines, out_dir = compare.markdown(rows) + [""] + remarks + missing, jobs[0].out_dir
-    compare.write(
-        groups, base, rows, remarks + missing, os.path.join(out_dir, "table.json"), os.path.join(out_dir, "curves.png")
-    )
-    with atomic(os.path.join(out_dir, "table.md")) as file:
+    lines = compare.markdown(rows) + [""] + remarks + missing
+    paths = [os.path.join(jobs[0].out_dir, name) for name in ("table.md", "table.json", "curves.png")]
+    compare.write(groups, base, rows, remarks + missing, paths[1], paths[2] if compare.can_draw() else "")
+    with atomic(paths[0]) as file:
         file.write("\n".join(lines + [""]).encode())
     return lines
 
