@@ -5,9 +5,7 @@ paper's released code computed them (testdata/golden_two_layers.pt: weights, hid
 """
 import json
 import math
-import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -19,7 +17,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import analysis
-
+import figures
+import released
 import table2
 from model import ConfigError, ExoFormer, load_checkpoint, save_checkpoint, variant_config
 from prepare_fineweb import InputError, write_meta, write_shard
@@ -316,11 +315,6 @@ def folder(tmp_path_factory):
     return root
 
 
-def script(name, *args):
-    return subprocess.run([sys.executable, str(HERE / name), *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def table2_here(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["table2.py", *map(str, args)])
     table2.main()
@@ -359,3 +353,190 @@ def test_json_has_no_infinities(tmp_path):
     record = dict(label="x", **analysis.analyse(model, windows()))
     saved = json.loads(pathlib.Path(table2.write_record(str(tmp_path), record)).read_text())
     assert saved["lambdas"]["q"]["ratio_mean"][0] is None and saved["lambdas"]["q"]["ratio_mean"][1] is not None
+
+
+# --------------------------------------------------------------------------------------------------------------- pictures
+
+@pytest.fixture(scope="module")
+def records():
+    """What table2.py would write for models of every kind, one with its anchor removed, one from no row of Table 3."""
+    made = {variant: tiny(variant) for variant in ("base", "gated", "nuresformer_vg", "exo_scalar", "exo_dynamic")}
+    made["odd"] = tiny("exo", mix="qkv", anchor_norm="")
+    found = [dict(label=name, **analysis.analyse(model, windows())) for name, model in made.items()]
+    found.append(dict(label="cut", **analysis.analyse(made["exo_dynamic"], windows(), ablate_anchor=True)))
+    return json.loads(json.dumps(table2.finite(found)))
+
+
+def test_styles_tell_everything_apart_in_black_and_white(records):
+    """No two checkpoints share marker and filling; the same variant keeps its colour and marker when ablated."""
+    styles = figures.styles_of(records + [{**records[0], "label": "seed 2"}, {**records[0], "label": "seed 3"}])
+    looks = [(style["marker"], style["fillstyle"]) for style in styles.values()]
+    assert len(set(looks)) == len(looks) == 9
+    for one, other in (("cut", "exo_dynamic"), ("seed 2", "base")):
+        assert (styles[one]["color"], styles[one]["marker"]) == (styles[other]["color"], styles[other]["marker"])
+
+
+def test_every_picture_is_drawn_and_labelled(records, tmp_path, monkeypatch):
+    """All pictures that the numbers allow, each panel with named axes or a heat map, no label over another."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (paper/requirements.txt)")
+    pages, plain = [], figures.Page.finish
+
+    def finish(page, folder, name):
+        path = plain(page, folder, name)
+        pages.append(name)
+        check_page(page)
+        return path
+    monkeypatch.setattr(figures.Page, "finish", finish)
+    chosen = [record for record in records if record["label"] in ("base", "exo_scalar", "odd", "cut")]
+    paths = list(figures.draw(chosen, str(tmp_path)))
+    assert {pathlib.Path(path).read_bytes()[:4] for path in paths} == {b"\x89PNG"}
+    assert sorted(pages) == sorted(
+        ["by_layer", "layers", "gates", "lambda_ratio", "gamma_cut", "lambda_map_exo_scalar", "lambda_map_odd"]
+        + [f"similarity_{record['label']}" for record in chosen])
+
+
+def check_page(page):
+    """Every panel in use is labelled, and no two tick labels, titles or axis labels of the page overlap."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    renderer = FigureCanvasAgg(page.figure).get_renderer()
+    texts = [page.figure._suptitle]
+    for axes in (axes for axes in page.figure.axes if axes.axison and axes in set(page.axes)):
+        assert axes.get_xlabel() and axes.get_ylabel() and (axes.lines or axes.images)
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *shown_ticks(axes.xaxis), *shown_ticks(axes.yaxis)]
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+    clashes = [(one, other) for i, (one, a) in enumerate(boxes) for other, b in boxes[:i] if a.overlaps(b)]
+    assert not clashes
+
+
+def shown_ticks(axis):
+    """Labels of the ticks within the axis's limits: matplotlib keeps some beyond, which it does not draw."""
+    low, high = sorted(axis.get_view_interval())
+    return [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+
+
+def test_figures_refuses_other_files(tmp_path):
+    (tmp_path / "other.json").write_text('{"label": "x"}')
+    with pytest.raises(InputError, match="not a file of paper/table2.py"):
+        figures.read_record(str(tmp_path / "other.json"))
+
+
+# ---------------------------------------------------------------------------------------------------- released checkpoints
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """The two golden layers as a released checkpoint file, its data folder, and dead tensors among the weights."""
+    root = tmp_path_factory.mktemp("release")
+    weights = {f"_orig_mod.{key}": tensor for key, tensor in GOLDEN["model"].items()}
+    weights["_orig_mod.lm_head.weight"] = torch.randn(96, 32, generator=torch.Generator().manual_seed(5))
+    torch.save(dict(step=38146, model=weights, model_args=dict(block_size=24, n_head=99), optimizer={}), root / "theirs.pt")
+    tokens = np.random.default_rng(6).integers(0, 95, 24 * 5 + 1)
+    tokens[[0, 30, 31, 70]] = 95
+    for split in ("train", "val"):
+        write_shard(str(root / f"tiny_{split}_000000.bin"), tokens)
+    return root
+
+
+def test_unused_tensors_are_those_that_change_nothing(release):
+    """The names reported as ignored are exactly those whose destruction leaves the loaded model as it was."""
+    checkpoint, model = released.load(str(release / "theirs.pt"))
+    weights, changes = checkpoint["model"], {}
+    for key in weights:
+        spoiled = ExoFormer.from_released({**weights, key: weights[key] + 1}, block_size=24)
+        same = all(torch.equal(a, b) for a, b in zip(spoiled.state_dict().values(), model.state_dict().values()))
+        changes[key.removeprefix("_orig_mod.")] = not same
+    assert released.unused_tensors(checkpoint, model) == sorted(key for key, changed in changes.items() if not changed)
+    assert changes["transformer.layers.0.attn.v_norm.weight"] and not changes["transformer.layers.1.attn.v_norm.weight"]
+
+
+def test_perplexity_is_that_of_separate_documents(release):
+    """Masked: each document of each window alone, with the positions it has there. Not masked: Model.loss."""
+    _, model = released.load(str(release / "theirs.pt"))
+    rows = analysis.validation_windows(str(release), load_as_gpt2(model), 0)
+    plain = model.loss(torch.from_numpy(rows[:, :-1].astype(int)), torch.from_numpy(rows[:, 1:].astype(int)))[0].item()
+    assert math.log(released.perplexity(model, rows, 95, mask_documents=False)) == pytest.approx(plain, abs=1e-5)
+    docs = torch.from_numpy((rows[:, :-1] == 95).cumsum(1))
+    masked = model.loss(torch.from_numpy(rows[:, :-1].astype(int)), torch.from_numpy(rows[:, 1:].astype(int)), docs)[0].item()
+    assert math.log(released.perplexity(model, rows, 95)) == pytest.approx(masked, abs=1e-5)
+    assert abs(masked - plain) > 1e-3
+
+
+def load_as_gpt2(model):
+    assert model.config.tokenizer == "gpt2"
+    return model.config
+
+
+def released_here(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["released.py", *map(str, args)])
+    released.main()
+
+
+def test_saved_model_is_the_released_one(release, monkeypatch, capsys, tmp_path):
+    """--save writes what load_checkpoint and table2.py take, with equal logits; the report names variant and doubts."""
+    released_here(monkeypatch, release / "theirs.pt", f"--save={tmp_path / 'new' / 'ours.pt'}")
+    printed = capsys.readouterr().out
+    ours, (_, theirs) = load_checkpoint(str(tmp_path / "new" / "ours.pt")), released.load(str(release / "theirs.pt"))
+    assert torch.equal(ours(GOLDEN["idx"]), theirs(GOLDEN["idx"])) and ours.config == theirs.config
+    assert "nuresformer, by its keys" in printed and "never against released weights" in printed and "2 tensors that" in printed
+    with pytest.raises(SystemExit, match="is there already"):
+        released_here(monkeypatch, release / "theirs.pt", f"--save={tmp_path / 'new' / 'ours.pt'}")
+
+
+@pytest.mark.parametrize("variant", ["base", "gated"])
+def test_variant_of_a_released_model_without_anchor(variant):
+    """The keys of a model without lambdas do not tell their shape; it is still that row of Table 3."""
+    assert analysis.variant_name(tiny(variant, granularity="scalar").config) == variant
+
+
+@pytest.fixture
+def server(release, tmp_path):
+    """A web server on the folder of `release` that breaks the first connection half-way and knows Range requests."""
+    import http.server
+    import threading
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            data, asked = (release / "theirs.pt").read_bytes(), self.headers.get("Range")
+            start = int(asked[6:-1]) if asked else 0
+            seen.append((self.path, start, self.headers.get("Authorization")))
+            self.send_response(206 if asked else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            self.wfile.write(data[start:start + 50_000] if len(seen) == 1 else data[start:])
+
+        def log_message(self, *args):
+            pass
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{web.server_port}", seen
+    web.shutdown()
+    web.server_close()
+
+
+def test_download_resumes_and_keeps_the_token_at_home(server, release, tmp_path, monkeypatch):
+    """A broken download goes on where it stopped; the hub's token goes to the hub alone; nothing is fetched twice."""
+    url, seen = server
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr(released, "CHUNK", 10_000)
+    path = released.fetch(f"{url}/files/a.pt?key=1", None, str(tmp_path), backoff=0.01)
+    assert pathlib.Path(path).read_bytes() == (release / "theirs.pt").read_bytes()
+    assert seen == [("/files/a.pt?key=1", 0, None), ("/files/a.pt?key=1", 49_999, None)]
+    assert released.fetch(f"{url}/files/a.pt?key=1", None, str(tmp_path)) == path and len(seen) == 2
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    released.fetch("somebody/models", "b.pt", str(tmp_path))
+    assert seen[2] == ("/somebody/models/resolve/main/b.pt", 0, "Bearer secret")
+
+
+def test_a_download_that_is_no_checkpoint_is_removed(server, release, tmp_path, monkeypatch):
+    """What came is checked before it takes its name."""
+    monkeypatch.setattr(released, "read_checkpoint", lambda path: (_ for _ in ()).throw(ConfigError("damaged")))
+    with pytest.raises(InputError, match="no checkpoint: damaged"):
+        released.fetch(f"{server[0]}/a.pt", None, str(tmp_path), backoff=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_released_refuses_in_one_line(folder, monkeypatch):
+    for args, problem in ((["nosuch.pt"], "no such file"), ([folder / "base" / "ckpt_000007.pt"], "own format already")):
+        with pytest.raises(SystemExit) as stop:
+            released_here(monkeypatch, *args)
+        assert problem in stop.value.code and "\n" not in stop.value.code
