@@ -299,10 +299,12 @@ def evaluate(model, names=tuple(TASKS), shots=5, limit=None, data="", batch_size
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     tasks, cautions = load_tasks(names, data, shots, limit)
+    for task in tasks:
+        task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(FEWSHOT_SEED)
     lm = adapter(model, batch_size, dtype)
-    out = lm_eval.simple_evaluate(
-        lm, tasks=tasks, num_fewshot=shots, limit=limit, fewshot_random_seed=FEWSHOT_SEED, log_samples=False
-    )
+    loaded = {"tasks": {task.config.task: task for task in tasks}, "groups": {}, "group_map": {}}
+    out = lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False)
     if lm.cut:
         cautions.append(f"{lm.cut} prompts were cut on the left to block_size={model.config.block_size} tokens")
     if limit:
