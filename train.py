@@ -66,6 +66,7 @@ class TrainConfig:
     muon_momentum: float = setting(0.95, "momentum of Muon")
     muon_ramp: bool = setting(False, "as the released code: momentum from 0.85 over the first 100 steps, back at the end")
     muon_beta2: float = setting(0.0, "second moment of NorMuon (released code: 0.95); 0: none, as the paper")
+    muon_dtype: str = setting("bfloat16", "of the Polar Express iteration: bfloat16 (the paper) or float32")
     muon_fused: bool = setting(False, "as the released code: orthogonalise fused Q,K,V,G and SwiGLU weights as one matrix")
     adamw_lr: float = setting(0.003, "peak learning rate of AdamW")
     weight_decay: float = setting(0.1, "decoupled; cautious in Muon; on matrices only")
@@ -92,7 +93,7 @@ class TrainConfig:
         """Every rule the settings must keep, as (is broken, what to say)."""
         value = vars(self)
         choices = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16", "pure_bfloat16"),
-                       compile=("auto", "true", "false"), deterministic=("auto", "true", "false"), optimizer=("muon", "adamw"))
+                       compile=("auto", "true", "false"), deterministic=("auto", "true", "false"), optimizer=("muon", "adamw"), muon_dtype=("bfloat16", "float32"))
         for name, allowed in choices.items():
             yield value[name] not in allowed, f"--{name}={value[name]} must be one of {', '.join(allowed)}"
         for name in ("max_steps", "batch_size", "total_batch_size", "keep", "log_every"):
@@ -232,7 +233,7 @@ def decide_compile(config, model_config):
 COMPILE_PAYS_ON_CPU = 2e13      # training FLOPs per layer above which compiling ended a run sooner on 2 cores (README)
 
 
-def resumed_settings(variant, preset, given, checkpoint):
+def resumed_settings(variant, given, checkpoint):
     """(ModelConfig, TrainConfig) of a checkpoint with the flags given now. ConfigError for a change that is another run."""
     old = {**checkpoint["train_config"], **checkpoint["model_config"]}
     axes = {name: value for name, value in VARIANTS.get(variant, {}).items() if name != "n_layer"}
@@ -313,7 +314,7 @@ def to_batch(windows, eot, config):
 # -------------------------------------------------------------------------------------------------- 3 one process or many
 
 class Alone:
-    """One process. `Team` is the same for the processes that torchrun started."""
+    """One process. `Team` offers the same to each of the processes that torchrun started."""
     rank, size = 0, 1
 
     def wrap(self, objective):
@@ -325,8 +326,14 @@ class Alone:
     def total(self, tensor):
         return tensor
 
-    def polar(self, matrices):
-        return polar_express(matrices)
+    def largest(self, tensor):
+        return tensor
+
+    def agree(self, value):
+        return value
+
+    def polar(self, matrices, dtype):
+        return polar_express(matrices, dtype)
 
     def close(self):
         pass
@@ -336,34 +343,55 @@ class Team(Alone):
     """A data-parallel group: each process reads its share of every step; PyTorch's DDP averages the gradients."""
 
     def __init__(self, device):
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.on_cuda = device == "cuda"
-        if self.on_cuda:
+        self.rank, self.size, self.device = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device
+        if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if self.on_cuda else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
     def wrap(self, objective):
-        return DistributedDataParallel(objective, device_ids=[torch.cuda.current_device()] if self.on_cuda else None)
+        return DistributedDataParallel(objective, device_ids=[torch.cuda.current_device()] if self.device == "cuda" else None)
 
     def without_sync(self, objective):
         return objective.no_sync()
 
     def total(self, tensor):
         """The sum of `tensor` over all processes."""
+        tensor = tensor.to(self.device)
         dist.all_reduce(tensor)
         return tensor
 
-    def polar(self, matrices):
-        """polar_express of (N, rows, cols), each process working on N / size of them."""
+    def largest(self, tensor):
+        """The elementwise maximum of `tensor` over all processes."""
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def agree(self, value):
+        """The first process's `value`, everywhere; nobody goes on before it is there."""
+        box = [value]
+        dist.broadcast_object_list(box, device=torch.device(self.device))
+        return box[0]
+
+    def polar(self, matrices, dtype):
+        """polar_express of (N, rows, cols): each process works on N / size of them, and all gather the results."""
         share = math.ceil(len(matrices) / self.size)
-        padded = torch.cat((matrices, matrices.new_zeros(share * self.size - len(matrices), *matrices.shape[1:])))
-        mine = polar_express(padded[self.rank * share:(self.rank + 1) * share]).contiguous()
+        missing = share * self.size - len(matrices)
+        padded = torch.cat((matrices, matrices.new_zeros(missing, *matrices.shape[1:])))
+        mine = polar_express(padded[self.rank * share:(self.rank + 1) * share], dtype).contiguous()
         shares = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(shares, mine)
         return torch.cat(shares)[:len(matrices)]
 
     def close(self):
         dist.destroy_process_group()
+
+
+def form_team(given):
+    """Alone, or the Team of this process when torchrun started it."""
+    if "RANK" not in os.environ:
+        return Alone()
+    device = given.get("device", "auto")
+    return Team("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 TEAM = Alone()
@@ -414,7 +442,8 @@ def build_optimizers(model, config):
     for m in matrices:
         by_parts.setdefault(1 if config.muon_fused else m.parts, []).append(m.weight)
     groups = [dict(params=params, parts=parts) for parts, params in by_parts.items()]
-    muon = Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay, beta2=config.muon_beta2 or None, polar=TEAM.polar)
+    muon = Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay, beta2=config.muon_beta2 or None,
+                polar=functools.partial(TEAM.polar, dtype=getattr(torch, config.muon_dtype)))
     return [muon, torch.optim.AdamW([dict(params=others)], weight_decay=0.0, **adamw)]
 
 
@@ -471,6 +500,7 @@ class RunFolder:
         self.log.truncate(min(size, os.path.getsize(self.log_path)))
 
     def write(self, record):
+        """Append one object to log.jsonl."""
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
 
@@ -490,8 +520,24 @@ class RunFolder:
         return True
 
 
+class NoFolder:
+    """What the processes after the first have instead of a RunFolder: nothing is written."""
+
+    def open_log(self, size):
+        pass
+
+    def write(self, record):
+        pass
+
+    def save(self, step, checkpoint, keep):
+        return True
+
+
 class Stop:
-    """SIGINT and SIGTERM ask the run to stop after the step; a second one ends the process at once."""
+    """SIGINT and SIGTERM ask the run to stop after the step; a second one ends the process at once.
+
+    Under torchrun a second signal is ignored: Ctrl-C reaches each process twice, and torchrun kills what will not end.
+    """
 
     def __init__(self):
         self.signal = 0
@@ -501,7 +547,7 @@ class Stop:
     def ask(self, number, frame):
         self.signal = number
         for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, signal.SIG_DFL if TEAM.size == 1 else signal.SIG_IGN)
         os.write(2, b"\nstopping after this step; once more to end at once\n")
 
 
@@ -605,7 +651,7 @@ class Trainer:
             targets[len(rows):] = -100
             _, cross_entropy, _ = self.objective(idx, targets, docs)
             sums += torch.tensor([cross_entropy.item() * len(rows), len(rows)], dtype=torch.float64)
-        total, count = TEAM.total(sums).tolist() if self.config.device == "cpu" else TEAM.total(sums.to(self.config.device, torch.float32)).tolist()
+        total, count = TEAM.total(sums).tolist()
         loss = total / count
         return dict(val_loss=loss, val_ppl=math.exp(loss), val_bpb=loss / math.log(2) / bytes_per_token)
 
@@ -663,9 +709,10 @@ def announce(trainer, variant_name):
     twice = f"; {tokens - epoch:,} tokens are seen again" if tokens > epoch else ""
     say(f"budget     {config.max_steps:,} steps x {config.total_batch_size:,} = {tokens:,} tokens, {tokens / epoch:.2f} epochs{twice}; "
         f"{flops * tokens:.3g} FLOPs")
-    held = sum(p.numel() * p.element_size() * (4 if p.dim() < 2 or i else 3) for i, optimizer in enumerate(trainer.optimizers)
-               for group in optimizer.param_groups for p in group["params"])
-    say(f"memory     about {held / 1e9:.2f} GB for weights, gradients and optimizer states, and activations; a checkpoint has {held * 3 / 4 / 1e9:.2f} GB")
+    kept = sum(p.numel() * p.element_size() * (2 if isinstance(optimizer, Muon) else 3)       # weights and optimizer states
+               for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"])
+    held = kept + sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    say(f"memory     {held / 1e9:.2f} GB for weights, gradients and optimizer states, plus activations; a checkpoint has {kept / 1e9:.2f} GB")
     say(f"device     {config.device} x {TEAM.size}, {config.dtype}, {'compiled' if config.compile == 'true' else 'eager'}, "
         f"{config.batch_size} sequences x {trainer.accumulation} accumulations, {torch.get_num_threads()} threads")
     say(f"run folder {config.out_dir}")
@@ -747,7 +794,7 @@ def run(trainer, folder, stop):
     """Train to the end, or to a signal, or to the wall-clock limit. Returns the signal that stopped it, or 0."""
     config = trainer.config
     items = hellaswag_items(config, trainer.model_config)
-    reporter, began, out_of_time = Reporter(trainer), time.monotonic(), False
+    reporter, began = Reporter(trainer), time.monotonic()
     if trainer.step == 0:
         folder.write(dict(step=0, tokens=0, **evaluation(trainer, config.eval_tokens)))
     while trainer.step < config.max_steps:
@@ -762,15 +809,15 @@ def run(trainer, folder, stop):
             record |= hellaswag(trainer, items)
         folder.write(record)
         minutes = (time.monotonic() - began) / 60
-        asked = torch.tensor([stop.signal, config.max_minutes and minutes >= config.max_minutes], device=config.device)
-        signal_number, out_of_time = TEAM.total(asked).tolist()
+        asked = torch.tensor([stop.signal, int(0 < config.max_minutes <= minutes)])
+        signal_number, out_of_time = TEAM.largest(asked).tolist()         # a signal may reach one process only
         leaving = finished or signal_number or out_of_time
         if leaving or (config.save_every and step % config.save_every == 0):
-            saved = TEAM.rank != 0 or folder.save(step, trainer.state(), config.keep)
+            saved = TEAM.agree(folder.save(step, trainer.state(), config.keep))       # nobody leaves while the first saves
+        if leaving and not saved:
+            raise InputError(f"{config.out_dir}: the run ended at step {step} without a checkpoint of it")
         if leaving:
-            if not saved:
-                raise InputError(f"{config.out_dir}: the run ended at step {step} without a checkpoint of it")
-            return stop.signal if signal_number else 0
+            return signal_number
     return 0
 
 
@@ -792,19 +839,11 @@ def conclude(trainer, signal_number):
 
 def prepare(argv):
     """(Trainer, RunFolder) from the command line, at step 0 or where the run in the folder stopped."""
+    global TEAM
     variant, preset, given = parse_flags(argv)
-    if not given.get("resume"):
-        model_config, config = fresh_settings(variant, preset, given)
-        folder, checkpoint = RunFolder(config.out_dir, resume=False) if TEAM.rank == 0 else None, None
-    else:
-        default = f"out/{preset or 'smoke'}-{variant or 'exo_dynamic'}"
-        given["out_dir"] = given.get("out_dir") or default
-        if not os.path.isdir(given["out_dir"]):
-            raise InputError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
-        folder = RunFolder(given["out_dir"], resume=True)
-        path, checkpoint = folder.newest()
-        model_config, config = resumed_settings(variant, preset, given, checkpoint)
-        say(f"continuing {path} after step {checkpoint['step']}")
+    TEAM = form_team(given)
+    begin = resume if given.get("resume") else begin_anew
+    model_config, config, folder, checkpoint = begin(variant, preset, given)
     torch.backends.cuda.enable_cudnn_sdp(False)            # its masked backward has given NaN (pytorch issue 196678)
     if config.deterministic == "true":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -816,6 +855,27 @@ def prepare(argv):
     folder.open_log(checkpoint["log_size"] if checkpoint else 0)
     announce(trainer, name_of(model_config))
     return trainer, folder
+
+
+def begin_anew(variant, preset, given):
+    """(ModelConfig, TrainConfig, RunFolder, no checkpoint) of a new run."""
+    model_config, config = fresh_settings(variant, preset, given)
+    return model_config, config, RunFolder(config.out_dir, resume=False) if TEAM.rank == 0 else NoFolder(), None
+
+
+def resume(variant, preset, given):
+    """(ModelConfig, TrainConfig, RunFolder, checkpoint) of the run in --out_dir. The first process finds the checkpoint."""
+    given["out_dir"] = given.get("out_dir") or f"out/{preset or 'smoke'}-{variant or 'exo_dynamic'}"
+    if not os.path.isdir(given["out_dir"]):
+        raise InputError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
+    folder, path, checkpoint = NoFolder(), None, None
+    if TEAM.rank == 0:
+        folder = RunFolder(given["out_dir"], resume=True)
+        path, checkpoint = folder.newest()
+    path = TEAM.agree(path)
+    checkpoint = checkpoint or read_checkpoint(path)
+    say(f"continuing {path} after step {checkpoint['step']}")
+    return *resumed_settings(variant, given, checkpoint), folder, checkpoint
 
 
 def name_of(model_config):
@@ -831,12 +891,13 @@ def main():
         stop = Stop()
         signal_number = run(trainer, folder, stop)
         conclude(trainer, signal_number)
+        TEAM.close()
     except (ConfigError, InputError) as error:
         sys.exit(f"train.py: {error}")
     except Diverged as error:
         say(f"train.py: not finite at {error}. Nothing was saved from it; the last checkpoint is good: lower the learning rates and --resume")
         sys.exit(3)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         sys.exit("train.py: out of memory; lower --batch_size (the step stays the same, in more passes), then --block_size or --n_embd")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
