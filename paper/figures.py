@@ -34,6 +34,7 @@ BY_LAYER = {  # what is in by_layer.png: the axis of each panel
 GATES = {"gate_mean": "mean gate", "gate_sparsity": "share of gates below 0.2"}
 NAMES = {"q": "queries", "k": "keys", "v": "values", "g": "gates"}
 CUSTOM = dict(color="#7A3E9D", linestyle=(0, (4, 1, 1, 1, 1, 1)), marker="d", fillstyle="full")     # no row of Table 3
+DPI, LEGEND = 130, 135                                         # characters that fit below a picture of two columns
 AGAIN = ("right", "bottom", "top")                             # filling of the markers of a variant's further checkpoints
 
 
@@ -79,13 +80,15 @@ class Page:
     def __init__(self, rows, columns, title, width=6.0):
         from matplotlib import pyplot
         size = (width * columns, 0.6 + 3.9 * rows)
-        self.figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained")
+        self.figure, axes = pyplot.subplots(rows, columns, figsize=size, dpi=DPI, layout="constrained")
         self.axes = np.atleast_1d(axes).flatten()
         self.figure.suptitle(title, fontsize=14)
 
     def line(self, axes, x, y, label, style):
-        """One curve; hollow and half-filled markers need a background and an edge of their own."""
-        axes.plot(x, y, label=label, linewidth=1.6, markersize=7, markerfacecoloralt="white", **style)
+        """One curve. A deep model has a marker on some layers only, each curve on others."""
+        step = 1 + len(y) // 16
+        axes.plot(x, y, label=label, linewidth=1.6, markersize=7, markerfacecoloralt="white",
+                  markevery=(len(axes.lines) % step, step), **style)
 
     def finish(self, folder, name):
         """Grid, whole layer numbers, one legend; written as FOLDER/NAME.png and closed."""
@@ -96,11 +99,11 @@ class Page:
             number_layers(axes)
             curves |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
         if curves:
-            self.figure.legend(curves.values(), curves, loc="outside lower center", ncols=min(4, len(curves)), fontsize=10,
-                               handlelength=4)
+            columns = min(len(curves), max(1, LEGEND // (10 + max(map(len, curves)))))
+            self.figure.legend(curves.values(), curves, loc="outside lower center", ncols=columns, fontsize=10, handlelength=4)
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, f"{name}.png")
-        self.figure.savefig(path, dpi=130)
+        self.figure.savefig(path)
         pyplot.close(self.figure)
         return path
 
@@ -145,6 +148,8 @@ def draw_lambda_ratio(records, styles, folder):
         for record in (record for record in records if s in record["lambdas"]):
             table = record["lambdas"][s]
             page.line(axes, table["layers"], numbers(table["ratio_median"]), record["label"], styles[record["label"]])
+        if axes.lines and max(np.abs(line.get_ydata()).max() for line in axes.lines) > 4:
+            axes.set_yscale("symlog", linthresh=2)             # a lambda2 near zero would flatten all the rest
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(xlabel="layer", ylabel="$\\lambda_1 / \\lambda_2$", title=words)
     return page.finish(folder, "lambda_ratio")
@@ -162,7 +167,7 @@ def draw_lambda_map(record, folder):
     tables, heads = record["lambdas"], record["model_config"]["n_head"]
     every = np.concatenate([ratio(table).flatten() for table in tables.values()])
     limits = np.percentile(every[np.isfinite(every)], (2, 98))
-    page = Page((len(tables) + 1) // 2, min(2, len(tables)), f"{record['label']}: $\\lambda_1 / \\lambda_2$ of every channel")
+    page = Page((len(tables) + 1) // 2, min(2, len(tables)), f"{record['label']}\n$\\lambda_1 / \\lambda_2$ of every channel")
     for axes, (s, table) in zip(page.axes, tables.items()):
         image = draw_map(axes, ratio(table), limits, title=NAMES[s], ylabel="layer", xlabel="head (its channels side by side)")
         rows = np.unique(np.linspace(0, len(table["layers"]) - 1, min(8, len(table["layers"]))).round().astype(int))

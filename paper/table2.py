@@ -55,17 +55,17 @@ def write_record(folder, record):
 
 def print_table_2(records):
     """The layer averages of Table 2, each beside the paper's where the paper has that variant."""
-    width = max(len("checkpoint"), *(len(r["label"]) for r in records))
+    width, wide = (max(len(key), *(len(r[key]) for r in records)) for key in ("label", "variant"))
     print(f"\nTable 2, averages over layers. 'paper': the paper's, for its 450M models (C 1024, 10B tokens, 4 x 2048 tokens)\n"
-          f"{'':{width}s}  {'':11s}        attention sink    token similarity   PCA core features\n"
-          f"{'checkpoint':{width}s}  {'variant':11s}   loss    here   paper      here   paper      here of C  paper of 1024")
+          f"{'':{width}s}  {'':{wide}s}        attention sink    token similarity   PCA core features\n"
+          f"{'label':{width}s}  {'variant':{wide}s}   loss    here   paper      here   paper      here of C  paper of 1024")
     for r in records:
         cells = []
         for i, (name, digits) in enumerate(COLUMNS.items()):
             paper = PAPER_TABLE_2.get(r["variant"]) if not r["ablate_anchor"] else None
             of = f" {r['model_config']['n_embd']:4d}" if name.startswith("pca") else ""
             cells.append(f"{r['averages'][name]:7.{digits}f}{of} {f'{paper[i]:.{digits}f}' if paper else '-':>7s}")
-        print(f"{r['label']:{width}s}  {r['variant']:11s} {r['cross_entropy']:6.3f} {'   '.join(cells)}")
+        print(f"{r['label']:{width}s}  {r['variant']:{wide}s} {r['cross_entropy']:6.3f} {'   '.join(cells)}")
     if any(r["ablate_anchor"] for r in records):
         print("anchor removed at inference: the paper's ExoFormer then reaches a token similarity of 93 %, "
               "and its PCA dimensions collapse")
@@ -73,10 +73,10 @@ def print_table_2(records):
 
 def print_use(records):
     """What Table 2 leaves out: entropy, gates, and how far the anchor is used. Averages over layers."""
-    width = max(len("checkpoint"), *(len(r["label"]) for r in records))
+    width = max(len("label"), *(len(r["label"]) for r in records))
     letters = "".join(f"{s:>7s}" for s in "qkvg")
     print(f"\n{'':{width}s}            gate  share   lambda1/lambda2 (median)      |lambda1| < 0.001, share\n"
-          f"{'checkpoint':{width}s}  entropy   mean  < 0.2 {letters}  {letters}")
+          f"{'label':{width}s}  entropy   mean  < 0.2 {letters}  {letters}")
     for r in records:
         gates = "".join(f"{r['averages'][name]:7.3f}" if name in r["averages"] else f"{'-':>7s}"
                         for name in ("gate_mean", "gate_sparsity"))

@@ -387,6 +387,7 @@ def test_every_picture_is_drawn_and_labelled(records, tmp_path, monkeypatch):
         check_page(page)
         return path
     monkeypatch.setattr(figures.Page, "finish", finish)
+    monkeypatch.setattr(figures, "DPI", 50)
     chosen = [record for record in records if record["label"] in ("base", "exo_scalar", "odd", "cut")]
     paths = list(figures.draw(chosen, str(tmp_path)))
     assert {pathlib.Path(path).read_bytes()[:4] for path in paths} == {b"\x89PNG"}
