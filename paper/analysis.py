@@ -79,7 +79,8 @@ class Covariance:
 # ---------------------------------------------------------------------------------------------------------- quantities
 
 def token_similarity(x):
-    """Mean cosine over all pairs i < j of a row's vectors x (T, C): (|sum u|^2 - sum |u|^2) / (T (T - 1)), u = x / |x|."""
+    """Mean cosine over all pairs i < j of a row's vectors x (T, C); with u = x / |x| it is
+    (|sum u|^2 - sum |u|^2) / (T (T - 1))."""
     unit = F.normalize(x.double(), dim=-1)
     return ((unit.sum(0).square().sum() - unit.square().sum()) / (len(x) * (len(x) - 1))).item()
 
@@ -99,8 +100,8 @@ def lambda_usage(model):
     usage = {}
     for s in model.config.mix:
         mixes = {i + 1: layer.attn.mix[s] for i, layer in enumerate(model.layers) if s in layer.attn.mix}
-        anchor = torch.stack([mix.lambda_anchor.detach().double().flatten() for mix in mixes.values()])
-        current = torch.stack([mix.lambda_current.detach().double().flatten() for mix in mixes.values()])   # (layers, n)
+        anchor = torch.stack([mix.lambda_anchor.detach().double().flatten() for mix in mixes.values()])    # (layers, n)
+        current = torch.stack([mix.lambda_current.detach().double().flatten() for mix in mixes.values()])
         ratio = anchor / current
         usage[s] = dict(
             layers=list(mixes), anchor=anchor.tolist(), current=current.tolist(),
@@ -210,7 +211,8 @@ def without_anchor(model):
     """Inside, the anchor adds nothing to any projection: the paper's break condition. ConfigError if there is none."""
     if model.config.anchor == "none":
         raise ConfigError("--ablate_anchor: this model has no anchor (anchor='none')")
-    hook = model.anchor.register_forward_hook(lambda module, args, out: {s: torch.zeros_like(x) for s, x in out.items()})
+    hook = model.anchor.register_forward_hook(
+        lambda anchor, args, made: {s: torch.zeros_like(x) for s, x in made.items()})
     try:
         yield
     finally:
@@ -244,7 +246,8 @@ def analyse(model, windows, dtype="float32", ablate_anchor=False, progress=lambd
         dtype=dtype, device=device.type, torch=str(torch.__version__), cross_entropy=loss / windows[:, 1:].numel(),
         averages={name: sum(layers) / len(layers) for name, layers in by_layer.items()}, by_layer=by_layer,
         hidden_similarity=watch.hidden_similarity(), lambdas=lambda_usage(model), gammas=watch.gamma_by_layer(),
-        token_maps=dict(positions=positions_shown(windows.size(1) - 1).tolist(), layers=list(maps), maps=list(maps.values())))
+        token_maps=dict(positions=positions_shown(windows.size(1) - 1).tolist(), layers=list(maps),
+                        maps=list(maps.values())))
 
 
 def variant_name(config):
@@ -265,7 +268,7 @@ def validation_windows(folder, config, rows=0, block_size=0):
         raise ConfigError(f"--block_size={length} must be between 2 and the model's {config.block_size}")
     tokens = Tokens(folder, "val", replace(config, block_size=length))
     if rows > len(tokens):
-        raise InputError(f"--rows={rows}, but {folder} has {len(tokens)} validation windows of {length} tokens; lower --rows")
+        raise InputError(f"{rows} rows wanted, but {folder} has {len(tokens)} validation windows of {length} tokens")
     return np.stack([tokens.window(i) for i in range(rows or len(tokens))])
 
 

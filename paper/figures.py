@@ -3,13 +3,13 @@ Pictures of what table2.py measured.
 
     python paper/figures.py out/analysis/*.json --out=out/figures
 
-    by_layer.png            attention sink and entropy, token similarity, PCA core features     all checkpoints, by layer
-    gates.png               mean gate, and share of gates below 0.2                             all with a gate
+    by_layer.png            attention sink and entropy, token similarity, PCA core features: all checkpoints, by layer
+    gates.png               mean gate, and share of gates below 0.2: all with a gate
     layers.png              likeness of a layer's hidden states to the embedding, and to the layer before
-    lambda_ratio.png        median lambda1 / lambda2 of q, k, v, g (Figure 4)                   all with an anchor
-    lambda_map_LABEL.png    lambda1 / lambda2 of every channel of every layer (Figure 3)        one for each with an anchor
-    gamma_LABEL.png         weights of Eq. 11, mean and standard deviation over tokens          one for each dynamic model
-    similarity_LABEL.png    token-similarity maps of three layers; likeness of all layers to each other
+    lambda_ratio.png        median lambda1 / lambda2 of q, k, v, g (Figure 4): all with an anchor
+    lambda_map_LABEL.png    lambda1 / lambda2 of every channel of every layer (Figure 3), one for each with an anchor
+    gamma_LABEL.png         weights of Eq. 11, mean and standard deviation over tokens, one for each dynamic model
+    similarity_LABEL.png    token-similarity maps of three layers; likeness of all layers to each other, one for each
 
 A variant has the same colour, line and marker in every picture, compare.py's included; no two share a marker, and the
 maps get lighter as numbers grow, so that all can be read in black and white. With the anchor removed: hollow markers.
@@ -32,10 +32,15 @@ BY_LAYER = {  # what is in by_layer.png: the axis of each panel
     "token_similarity": "token similarity (mean cosine)", "pca_core_features": "PCA core features (99 % of variance)",
 }
 GATES = {"gate_mean": "mean gate", "gate_sparsity": "share of gates below 0.2"}
+RATIO = "$\\lambda_1 / \\lambda_2$"
+GAMMA_STYLES = (
+    ("anchor", -0.08, dict(label="$\\gamma_1$, anchor", color="#D55E00", linestyle="-", marker="o")),
+    ("current", 0.08, dict(label="$\\gamma_2$, current", color="#0072B2", linestyle="--", marker="s", fillstyle="none")),
+)
 NAMES = {"q": "queries", "k": "keys", "v": "values", "g": "gates"}
 CUSTOM = dict(color="#7A3E9D", linestyle=(0, (4, 1, 1, 1, 1, 1)), marker="d", fillstyle="full")     # no row of Table 3
 DPI, LEGEND = 130, 135                                         # characters that fit below a picture of two columns
-AGAIN = ("right", "bottom", "top")                             # filling of the markers of a variant's further checkpoints
+AGAIN = ("right", "bottom", "top")                             # marker filling of a variant's further checkpoints
 
 
 def read_record(path):
@@ -100,12 +105,21 @@ class Page:
             curves |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
         if curves:
             columns = min(len(curves), max(1, LEGEND // (10 + max(map(len, curves)))))
-            self.figure.legend(curves.values(), curves, loc="outside lower center", ncols=columns, fontsize=10, handlelength=4)
+            self.figure.legend(curves.values(), curves, loc="outside lower center", ncols=columns, fontsize=10,
+                               handlelength=4)
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, f"{name}.png")
         self.figure.savefig(path)
         pyplot.close(self.figure)
         return path
+
+
+def page_of(tables, title):
+    """A page with one panel for each component in `tables`, two in a row."""
+    page = Page((len(tables) + 1) // 2, min(2, len(tables)), title)
+    for axes in page.axes[len(tables):]:
+        axes.set_axis_off()
+    return page
 
 
 def number_layers(axes):
@@ -116,9 +130,9 @@ def number_layers(axes):
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def draw_by_layer(records, styles, panels, columns, title, folder, name):
+def draw_by_layer(records, styles, panels, title, folder, name):
     """Panels of one quantity each, a curve for each checkpoint; the embedding is layer 0 where it counts."""
-    page = Page(len(panels) // columns, columns, title)
+    page = Page(len(panels) // 2, 2, title)
     for axes, (quantity, words) in zip(page.axes, panels.items()):
         for record in (record for record in records if quantity in record["by_layer"]):
             y = numbers(record["by_layer"][quantity])
@@ -143,7 +157,7 @@ def draw_layers(records, styles, folder):
 
 def draw_lambda_ratio(records, styles, folder):
     """Median lambda1 / lambda2 by layer, one panel for each component."""
-    page = Page(2, 2, "How much of the anchor a layer takes: median of $\\lambda_1 / \\lambda_2$")
+    page = Page(2, 2, f"How much of the anchor a layer takes: median of {RATIO}")
     for axes, (s, words) in zip(page.axes, NAMES.items()):
         for record in (record for record in records if s in record["lambdas"]):
             table = record["lambdas"][s]
@@ -151,7 +165,7 @@ def draw_lambda_ratio(records, styles, folder):
         if axes.lines and max(np.abs(line.get_ydata()).max() for line in axes.lines) > 4:
             axes.set_yscale("symlog", linthresh=2)             # a lambda2 near zero would flatten all the rest
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(xlabel="layer", ylabel="$\\lambda_1 / \\lambda_2$", title=words)
+        axes.set(xlabel="layer", ylabel=RATIO, title=words)
     return page.finish(folder, "lambda_ratio")
 
 
@@ -167,9 +181,10 @@ def draw_lambda_map(record, folder):
     tables, heads = record["lambdas"], record["model_config"]["n_head"]
     every = np.concatenate([ratio(table).flatten() for table in tables.values()])
     limits = np.percentile(every[np.isfinite(every)], (2, 98))
-    page = Page((len(tables) + 1) // 2, min(2, len(tables)), f"{record['label']}\n$\\lambda_1 / \\lambda_2$ of every channel")
+    page = page_of(tables, f"{record['label']}\n{RATIO} of every channel")
     for axes, (s, table) in zip(page.axes, tables.items()):
-        image = draw_map(axes, ratio(table), limits, title=NAMES[s], ylabel="layer", xlabel="head (its channels side by side)")
+        image = draw_map(axes, ratio(table), limits, title=NAMES[s], ylabel="layer",
+                         xlabel="head (its channels side by side)")
         rows = np.unique(np.linspace(0, len(table["layers"]) - 1, min(8, len(table["layers"]))).round().astype(int))
         axes.set_yticks(rows, [table["layers"][row] for row in rows])
         width, step = len(table["anchor"][0]) / heads, max(1, heads // 8)
@@ -177,24 +192,20 @@ def draw_lambda_map(record, folder):
             axes.set_xticks([width * (head + 0.5) - 0.5 for head in range(0, heads, step)], range(1, heads + 1, step))
         else:
             axes.set(xticks=[], xlabel="one for all heads and channels")
-    for axes in page.axes[len(tables):]:
-        axes.set_axis_off()
-    page.figure.colorbar(image, ax=list(page.axes), aspect=40, extend="both", label="$\\lambda_1 / \\lambda_2$ (limits: 2nd and 98th percentile)")
+    page.figure.colorbar(image, ax=list(page.axes), aspect=40, extend="both",
+                         label=f"{RATIO} (limits: 2nd and 98th percentile)")
     return page.finish(folder, f"lambda_map_{record['label']}")
 
 
 def draw_gamma(record, folder):
     """Dynamic weights by layer: mean over tokens, with one standard deviation up and down."""
     tables = record["gammas"]
-    page = Page((len(tables) + 1) // 2, min(2, len(tables)), f"{record['label']}: weights of anchor and current projection (Eq. 11)")
-    looks = {"anchor": ("$\\gamma_1$, anchor", "#D55E00", "-", "o", -0.08), "current": ("$\\gamma_2$, current", "#0072B2", "--", "s", 0.08)}
+    page = page_of(tables, f"{record['label']}\nweights of anchor and current projection (Eq. 11)")
     for axes, (s, table) in zip(page.axes, tables.items()):
-        for slot, (label, color, line, marker, aside) in looks.items():
-            axes.errorbar(np.array(table["layers"]) + aside, table[slot]["mean"], yerr=table[slot]["std"], label=label, color=color,
-                          linestyle=line, marker=marker, fillstyle="full" if slot == "anchor" else "none", capsize=3, linewidth=1.6)
+        for slot, aside, style in GAMMA_STYLES:                             # aside: so that the bars do not overlap
+            axes.errorbar(np.array(table["layers"]) + aside, table[slot]["mean"], yerr=table[slot]["std"], capsize=3,
+                          linewidth=1.6, **style)
         axes.set(xlabel="layer", ylabel="mean and std over tokens", ylim=(0, 1), title=NAMES[s])
-    for axes in page.axes[len(tables):]:
-        axes.set_axis_off()
     return page.finish(folder, f"gamma_{record['label']}")
 
 
@@ -210,7 +221,8 @@ def draw_similarity(record, folder):
         ticks = np.linspace(0, len(square) - 1, 5).round().astype(int)
         axes.set_xticks(ticks, [maps["positions"][tick] for tick in ticks])
         axes.set_yticks(ticks, [maps["positions"][tick] for tick in ticks])
-    draw_map(page.axes[3], alike, limits, "equal", title="layers, same token", xlabel="layer (0: embedding)", ylabel="layer")
+    draw_map(page.axes[3], alike, limits, "equal", title="layers, same token", xlabel="layer (0: embedding)",
+             ylabel="layer")
     number_layers(page.axes[3])
     page.figure.colorbar(image, ax=list(page.axes), aspect=40, label="cosine")
     return page.finish(folder, f"similarity_{record['label']}")
@@ -221,12 +233,12 @@ def draw(records, folder):
     import matplotlib
     matplotlib.use("Agg")
     styles = styles_of(records)
-    yield draw_by_layer(records, styles, BY_LAYER, 2, "What attention and hidden states look like, layer by layer", folder, "by_layer")
+    yield draw_by_layer(records, styles, BY_LAYER, "Attention and hidden states, layer by layer", folder, "by_layer")
     yield draw_layers(records, styles, folder)
     gated = [record for record in records if "gate_mean" in record["by_layer"]]
     mixed = [record for record in records if record["lambdas"] and not record["ablate_anchor"]]       # same lambdas
     if gated:
-        yield draw_by_layer(gated, styles, GATES, 2, "Gates", folder, "gates")
+        yield draw_by_layer(gated, styles, GATES, "Gates", folder, "gates")
     if mixed:
         yield draw_lambda_ratio(mixed, styles, folder)
     for record in records:
@@ -240,7 +252,8 @@ def draw(records, folder):
 def main():
     parser = argparse.ArgumentParser(description="Pictures of what table2.py measured.", allow_abbrev=False)
     parser.add_argument("records", nargs="+", metavar="JSON", help="files that table2.py wrote")
-    parser.add_argument("--out", default="out/figures", metavar="DIR", help="folder for the pictures (default: out/figures)")
+    parser.add_argument("--out", default="out/figures", metavar="DIR",
+                        help="folder for the pictures (default: out/figures)")
     args = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         sys.exit("figures.py: matplotlib is not installed; pip install -r paper/requirements.txt")

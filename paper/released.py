@@ -23,7 +23,8 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import Countdown, cross_entropy, validation_windows, variant_name
-from model import TABLE_3, ConfigError, ExoFormer, count_parameters, read_checkpoint, save_checkpoint, translate_released
+from model import (TABLE_3, ConfigError, ExoFormer, count_parameters, read_checkpoint, save_checkpoint,
+                   translate_released)
 from prepare_fineweb import Hub, InputError, Retry, again, get_tokenizer, locked, origin, settle, size_of
 from train import true_or_false
 
@@ -120,7 +121,7 @@ def unused_tensors(checkpoint, model):
 
 
 def released_names(state):
-    """The keys as model.py's loader reads them: without torch.compile's prefix, and one name for the norms of v and g."""
+    """The keys as model.py's loader reads them: no prefix of torch.compile, one name for the norms of v and g."""
     return {re.sub(r"\.([vg])_res_norm\.", r".\1_norm.", key.removeprefix("_orig_mod.")): t for key, t in state.items()}
 
 
@@ -131,18 +132,20 @@ def describe(path, checkpoint, model):
     axes = ("gate", "anchor", "mix", "anchor_norm", "granularity", "dynamic")
     unused = unused_tensors(checkpoint, model)
     entries = [key for key in checkpoint if key != "model"] if "model" in checkpoint else []
-    print(f"file        {path}, {size_of(path):,} bytes, step {checkpoint.get('step', 'unknown')}\n"
-          f"variant     {name}, by its keys: {', '.join(f'{axis}={vars(config)[axis]!r}' for axis in axes)}\n"
-          f"size        {config.n_layer} layers, C {config.n_embd}, {config.n_head} heads, context {config.block_size}, "
-          f"vocabulary {config.vocab_size:,}\n"
-          f"parameters  {count_parameters(model):,}{millions}\n"
-          f"ignored     {len(unused)} tensors that the released forward pass never reads{': ' if unused else ''}{shortened(unused)}\n"
-          f"            entries beside the weights: {shortened(entries) or 'none'} (of model_args only block_size and rope_theta are read)\n"
-          f"verified    against the released code on small random weights; never against released weights, which nobody here had")
+    print(f"file        {path}, {size_of(path):,} bytes, step {checkpoint.get('step', 'unknown')}")
+    print(f"variant     {name}, by its keys: {', '.join(f'{axis}={vars(config)[axis]!r}' for axis in axes)}")
+    print(f"size        {config.n_layer} layers, C {config.n_embd}, {config.n_head} heads, "
+          f"context {config.block_size}, vocabulary {config.vocab_size:,}")
+    print(f"parameters  {count_parameters(model):,}{millions}")
+    print(f"ignored     {len(unused)} tensors that the released forward pass never reads: {shortened(unused)}")
+    print(f"            entries beside the weights: {shortened(entries)} (of model_args, two count: block_size, rope_theta)")
+    print("verified    against the released code on small random weights; never against released weights, which nobody "
+          "here had")
 
 
 def shortened(names, most=6):
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """The first names of a list, and how many more there are."""
+    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @torch.no_grad()
@@ -164,8 +167,9 @@ def evaluate(model, args):
     windows = validation_windows(args.data, model.config, args.windows)
     value = perplexity(model, windows, get_tokenizer(model.config.tokenizer).eot, args.dtype, args.mask_documents)
     paper = TABLE_3.get(variant_name(model.config))
-    print(f"perplexity  {value:.4f} over {len(windows):,} windows of {windows.shape[1] - 1} validation tokens, cross-entropy alone, documents "
-          f"{'masked' if args.mask_documents else 'not masked'}{f' (Table 3: {paper[1]:.2f}, over all 100M tokens)' if paper else ''}")
+    print(f"perplexity  {value:.4f} over {len(windows):,} windows of {windows.shape[1] - 1} validation tokens, "
+          f"cross-entropy alone, documents {'masked' if args.mask_documents else 'not masked'}"
+          f"{f' (Table 3: {paper[1]:.2f}, over all 100M tokens)' if paper else ''}")
 
 
 def run(args):
@@ -178,24 +182,28 @@ def run(args):
         os.makedirs(os.path.dirname(os.path.abspath(args.save)), exist_ok=True)
         save_checkpoint(args.save, dict(format=1, model_config=asdict(model.config), model=model.state_dict(),
                                         step=checkpoint.get("step"), released=os.path.basename(path)))
-        print(f"saved       {args.save}: weights only, for model.py, table2.py and the evaluations; it cannot be resumed")
+        print(f"saved       {args.save}: weights only, for sampling and evaluation; it cannot be resumed")
     if args.data:
         evaluate(model.to(args.device), args)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Report, measure and convert a checkpoint of the paper's released code.", allow_abbrev=False)
-    parser.add_argument("source", help="local file, URL, or hub repository OWNER/REPO (HF_ENDPOINT and HF_TOKEN are honoured)")
+    parser = argparse.ArgumentParser(description="Report, measure, convert a released checkpoint.", allow_abbrev=False)
+    parser.add_argument("source", help="local file, URL, or hub repository OWNER/REPO (HF_ENDPOINT, HF_TOKEN honoured)")
     parser.add_argument("--file", metavar="NAME", help="file in the hub repository")
-    parser.add_argument("--folder", default="out/released", metavar="DIR", help="where downloads go (default: out/released)")
+    parser.add_argument("--folder", default="out/released", metavar="DIR",
+                        help="where downloads go (default: out/released)")
     parser.add_argument("--save", metavar="PATH", help="write the model here in this project's format")
     parser.add_argument("--data", metavar="DIR", help="folder of token shards, for the validation perplexity")
     parser.add_argument("--windows", type=int, default=0, help="validation windows to score (default: all)")
-    parser.add_argument("--mask_documents", type=true_or_false, default=True, metavar="BOOL", help="attention within documents, as trained (default: true)")
+    parser.add_argument("--mask_documents", type=true_or_false, default=True, metavar="BOOL",
+                        help="attention within documents, as trained (default: true)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compute (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the forward pass (default: float32)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                        help="of the forward pass (default: float32)")
     parser.add_argument("--n_head", type=int, help="heads, where the keys do not tell")
-    parser.add_argument("--anchor_norm", choices=("", "qk"), help="internal q and k anchors, where the keys do not tell: '' if not normed")
+    parser.add_argument("--anchor_norm", choices=("", "qk"),
+                        help="internal q and k anchors, where the keys do not tell: '' if not normed")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("released.py: --device=cuda, but this machine has no CUDA device that torch can use")

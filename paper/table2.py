@@ -56,9 +56,10 @@ def write_record(folder, record):
 def print_table_2(records):
     """The layer averages of Table 2, each beside the paper's where the paper has that variant."""
     width, wide = (max(len(key), *(len(r[key]) for r in records)) for key in ("label", "variant"))
-    print(f"\nTable 2, averages over layers. 'paper': the paper's, for its 450M models (C 1024, 10B tokens, 4 x 2048 tokens)\n"
+    print(f"\nTable 2, averages over layers. paper: what it prints for its 450M models (C 1024, 10B training tokens)\n"
           f"{'':{width}s}  {'':{wide}s}        attention sink    token similarity   PCA core features\n"
-          f"{'label':{width}s}  {'variant':{wide}s}   loss    here   paper      here   paper      here of C  paper of 1024")
+          f"{'label':{width}s}  {'variant':{wide}s}   loss    here   paper      here   paper      "
+          "here of C  paper of 1024")
     for r in records:
         cells = []
         for i, (name, digits) in enumerate(COLUMNS.items()):
@@ -80,7 +81,8 @@ def print_use(records):
     for r in records:
         gates = "".join(f"{r['averages'][name]:7.3f}" if name in r["averages"] else f"{'-':>7s}"
                         for name in ("gate_mean", "gate_sparsity"))
-        shares = ["".join(average(r["lambdas"].get(s, {}).get(name)) for s in "qkvg") for name in ("ratio_median", "near_zero")]
+        shares = ["".join(average(r["lambdas"].get(s, {}).get(name)) for s in "qkvg")
+                  for name in ("ratio_median", "near_zero")]
         print(f"{r['label']:{width}s}  {r['averages']['attention_entropy']:7.3f}{gates} {'  '.join(shares)}")
 
 
@@ -92,7 +94,8 @@ def average(layers):
 def run(args):
     labels = [label_of(path, args.ablate_anchor) for path in args.ckpt]
     if len(set(labels)) < len(labels):
-        raise InputError("two checkpoints share folder and file name, so one JSON would replace the other; rename a folder")
+        raise InputError("two checkpoints share folder and file name, so one JSON would replace the other: "
+                         "rename a folder")
     records = []
     for path, label in zip(args.ckpt, labels):
         model = load_checkpoint(path, args.device)
@@ -106,15 +109,20 @@ def run(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Table 2 and everything the figures need, from checkpoints.", allow_abbrev=False)
-    parser.add_argument("--ckpt", action="append", required=True, metavar="PATH", help="checkpoint, ours or a released one; repeat for more")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of token shards; its validation split is used")
+    parser = argparse.ArgumentParser(description="Table 2, and all that the figures need.", allow_abbrev=False)
+    parser.add_argument("--ckpt", action="append", required=True, metavar="PATH",
+                        help="checkpoint, ours or a released one; repeat for more")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of token shards, for its validation split")
     parser.add_argument("--rows", type=int, default=4, help="validation rows (default: the paper's 4)")
-    parser.add_argument("--block_size", type=int, default=0, help="tokens of a row (default: the model's, 2048 in the paper)")
-    parser.add_argument("--ablate_anchor", action="store_true", help="remove the anchor at inference: it adds nothing to any projection")
+    parser.add_argument("--block_size", type=int, default=0, metavar="T",
+                        help="tokens of a row (default: the model's, 2048 in the paper)")
+    parser.add_argument("--ablate_anchor", action="store_true",
+                        help="remove the anchor at inference: it adds nothing to any projection")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compute (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the forward pass (default: float32)")
-    parser.add_argument("--out", default="out/analysis", metavar="DIR", help="folder for the JSON files (default: out/analysis)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                        help="of the forward pass (default: float32)")
+    parser.add_argument("--out", default="out/analysis", metavar="DIR",
+                        help="folder for the JSON files (default: out/analysis)")
     args = parser.parse_args()
     if args.rows < 1:
         parser.error(f"--rows={args.rows} must be at least 1")
