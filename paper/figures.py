@@ -35,7 +35,7 @@ GATES = {"gate_mean": "mean gate", "gate_sparsity": "share of gates below 0.2"}
 RATIO = "$\\lambda_1 / \\lambda_2$"
 GAMMA_STYLES = (
     ("anchor", -0.08, dict(label="$\\gamma_1$, anchor", color="#D55E00", linestyle="-", marker="o")),
-    ("current", 0.08, dict(label="$\\gamma_2$, current", color="#0072B2", linestyle="--", marker="s", fillstyle="none")),
+    ("current", 0.08, dict(label="$\\gamma_2$, current", color="#0072B2", linestyle="--", marker="s", fillstyle="none"))
 )
 NAMES = {"q": "queries", "k": "keys", "v": "values", "g": "gates"}
 CUSTOM = dict(color="#7A3E9D", linestyle=(0, (4, 1, 1, 1, 1, 1)), marker="d", fillstyle="full")     # no row of Table 3

@@ -138,7 +138,7 @@ def describe(path, checkpoint, model):
           f"context {config.block_size}, vocabulary {config.vocab_size:,}")
     print(f"parameters  {count_parameters(model):,}{millions}")
     print(f"ignored     {len(unused)} tensors that the released forward pass never reads: {shortened(unused)}")
-    print(f"            entries beside the weights: {shortened(entries)} (of model_args, two count: block_size, rope_theta)")
+    print(f"            entries beside the weights: {shortened(entries)} (of model_args, block_size and rope_theta)")
     print("verified    against the released code on small random weights; never against released weights, which nobody "
           "here had")
 
