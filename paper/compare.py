@@ -324,11 +324,12 @@ def draw(groups, baseline, path):
     longest = max(run.tokens for group in groups for run in group.runs)
     unit, word = (1e9, "billions") if longest >= 1e9 else (1e6, "millions")
     figure, (whole, late) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for group, style in zip(groups, styles_of(groups)):
+    for i, (group, style) in enumerate(zip(groups, styles_of(groups))):
         points = [point for point in group.curve() if point[0] > 0]
         tokens, mean, low, high = zip(*((t / unit, m, a, b) for t, m, a, b in points)) if points else ((), (), (), ())
         for axes in (whole, late):
-            axes.plot(tokens, mean, label=group.label, linewidth=1.6, markevery=max(1, len(tokens) // 12), **style)
+            marked = range(len(tokens))[i % 4 :: max(1, len(tokens) // 10)]  # staggered, to hide no others
+            axes.plot(tokens, mean, label=group.label, linewidth=1.6, markevery=list(marked), **style)
             if len(group.runs) > 1:
                 axes.fill_between(tokens, low, high, color=style["color"], alpha=0.15, linewidth=0)
     level = [loss for _, loss, _, _ in baseline.curve()][-1:]
@@ -338,8 +339,9 @@ def draw(groups, baseline, path):
         axes.set(xlabel=f"training tokens ({word})", ylabel="validation loss (nats per token)")
         axes.grid(alpha=0.25)
     enlarge(late, groups, 0.6 * longest, unit)
-    whole.set_title("whole run")
-    whole.legend(fontsize=9)
+    bands = ", bands: lowest to highest seed" if any(len(group.runs) > 1 for group in groups) else ""
+    whole.set_title("whole run" + bands)
+    whole.legend(fontsize=9, handlelength=4)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

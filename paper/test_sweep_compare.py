@@ -3,10 +3,13 @@ Tests of compare.py, sweep.py and six_tasks.py:  OMP_NUM_THREADS=1 python -m pyt
 
 No network. Tests that need lm_eval or matplotlib say so and are skipped where these are missing.
 """
+
+import functools
 import importlib.util
 import json
 import math
 import os
+import random
 import signal
 import sys
 import threading
@@ -30,11 +33,11 @@ needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 needs_matplotlib = pytest.mark.skipif(not compare.can_draw(), reason="matplotlib is not installed")
 SMALL = dict(n_layer=1, n_head=2, n_embd=8, vocab_size=320, block_size=16, tokenizer="bytes")
 
-# ------------------------------------------------------------------------------------------------------------- compare
+# ---- compare ----
 
 
 def write_run(folder, points, variant=None, seed=1, ms=100.0, max_steps=None, model=(), **settings):
-    """A run folder with evaluations at points [(tokens, loss)], 100 tokens a step, and a checkpoint if a variant is given."""
+    """A run folder with evaluations at points [(tokens, loss)], 100 tokens a step; with a variant a checkpoint too."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "log.jsonl"), "w") as log:
         for tokens, loss in points:
@@ -42,15 +45,21 @@ def write_run(folder, points, variant=None, seed=1, ms=100.0, max_steps=None, mo
             log.write(json.dumps(record) + "\n")
     if variant:
         max_steps, config = max_steps or points[-1][0] // 100, variant_config(variant, **{**SMALL, **dict(model)})
-        train_config = TrainConfig(**{"seed": seed, "max_steps": max_steps, "eval_tokens": 64, "final_eval_tokens": 64, **settings})
-        torch.save(dict(train_config=asdict(train_config), model_config=asdict(config)),
-                   os.path.join(folder, f"ckpt_{points[-1][0] // 100:06d}.pt"))
+        train_config = TrainConfig(
+            **{"seed": seed, "max_steps": max_steps, "eval_tokens": 64, "final_eval_tokens": 64, **settings}
+        )
+        torch.save(
+            dict(train_config=asdict(train_config), model_config=asdict(config)),
+            os.path.join(folder, f"ckpt_{points[-1][0] // 100:06d}.pt"),
+        )
     return str(folder)
 
 
 @pytest.mark.parametrize("level, tokens", [(4.5, 150), (5.0, 100), (4.0, 200), (9.0, 20), (12.0, 0), (3.9, None)])
 def test_tokens_to_a_loss_are_interpolated_between_evaluations(level, tokens):
-    assert compare.tokens_to_reach([(0, 10.0), (100, 5.0), (200, 4.0)], level) == (None if tokens is None else pytest.approx(tokens))
+    assert compare.tokens_to_reach([(0, 10.0), (100, 5.0), (200, 4.0)], level) == (
+        None if tokens is None else pytest.approx(tokens)
+    )
 
 
 def test_the_first_crossing_counts_where_a_curve_comes_back_up():
@@ -59,7 +68,7 @@ def test_the_first_crossing_counts_where_a_curve_comes_back_up():
 
 def test_ratio_is_the_baselines_tokens_over_tokens_to_its_final_loss(tmp_path):
     base = write_run(tmp_path / "base", [(0, 8.0), (200, 5.0), (400, 4.0)])
-    fast = write_run(tmp_path / "fast", [(0, 8.0), (200, 4.5), (400, 3.5)])          # 4.0 at 300 tokens
+    fast = write_run(tmp_path / "fast", [(0, 8.0), (200, 4.5), (400, 3.5)])  # 4.0 at 300 tokens
     slow = write_run(tmp_path / "slow", [(0, 8.0), (200, 6.0), (400, 5.0)])
     _, _, rows, _ = compare.summarise([slow, base, fast], baseline="base")
     assert [row["label"] for row in rows] == ["slow", "base", "fast"]
@@ -68,13 +77,15 @@ def test_ratio_is_the_baselines_tokens_over_tokens_to_its_final_loss(tmp_path):
 
 def test_seeds_of_one_experiment_are_one_row_with_hand_computed_figures(tmp_path):
     losses = {("base", 1): 4.0, ("base", 2): 4.2, ("exo", 1): 3.7, ("exo", 2): 4.1}
-    folders = [write_run(tmp_path / f"{v}{s}", [(0, 8.0), (400, loss)], v, s, ms=50.0 * s) for (v, s), loss in losses.items()]
+    folders = [
+        write_run(tmp_path / f"{v}{s}", [(0, 8.0), (400, loss)], v, s, ms=50.0 * s) for (v, s), loss in losses.items()
+    ]
     groups, base, rows, _ = compare.summarise(folders)
     exo = rows[1]
     assert base.label == "base" and [row["label"] for row in rows] == ["base", "exo"] and exo["runs"] == 2
     assert exo["val_loss"] == pytest.approx(3.9) and exo["val_ppl"] == pytest.approx(math.exp(3.9))
-    assert exo["spread"] == pytest.approx(math.sqrt(0.08))                           # of 3.7 and 4.1
-    assert exo["difference"] == pytest.approx(-0.2) and exo["difference_error"] == pytest.approx(0.1)    # of -0.3, -0.1
+    assert exo["spread"] == pytest.approx(math.sqrt(0.08))  # of 3.7 and 4.1
+    assert exo["difference"] == pytest.approx(-0.2) and exo["difference_error"] == pytest.approx(0.1)  # of -0.3, -0.1
     assert exo["tokens_per_second"] == pytest.approx((2000 + 1000) / 2)
     # embedding and head 2 * 320 * 8; layer: qkvg, out 5 * 64, SwiGLU 6 * 64, norms 2 * 8 + 2 * 4, 4 * 2 lambdas of 8;
     # final norm 8; anchor 4 * 64 and 4 gains of 4
@@ -84,12 +95,19 @@ def test_seeds_of_one_experiment_are_one_row_with_hand_computed_figures(tmp_path
 
 def test_what_differs_between_runs_of_a_variant_becomes_their_name(tmp_path):
     points = [(0, 8.0), (400, 4.0)]
-    runs = [write_run(tmp_path / "a", points, "exo", 1), write_run(tmp_path / "b", points, "exo", 1, optimizer="adamw"),
-            write_run(tmp_path / "c", points, "exo", 1, model=dict(lambda_init=0.25)),
-            write_run(tmp_path / "odd-seed3", points, "exo", 3, model=dict(anchor_norm="qk"))]
+    runs = [
+        write_run(tmp_path / "a", points, "exo", 1),
+        write_run(tmp_path / "b", points, "exo", 1, optimizer="adamw"),
+        write_run(tmp_path / "c", points, "exo", 1, model=dict(lambda_init=0.25)),
+        write_run(tmp_path / "odd-seed3", points, "exo", 3, model=dict(anchor_norm="qk")),
+    ]
     labels = [row["label"] for row in compare.summarise(runs)[2]]
-    assert labels == ["exo optimizer=muon lambda_init=None", "exo optimizer=adamw lambda_init=None",
-                      "exo optimizer=muon lambda_init=0.25", "odd"]
+    assert labels == [
+        "exo optimizer=muon lambda_init=None",
+        "exo optimizer=adamw lambda_init=None",
+        "exo optimizer=muon lambda_init=0.25",
+        "odd",
+    ]
 
 
 def test_a_last_evaluation_on_other_tokens_stays_out_of_curve_and_ratio(tmp_path):
@@ -97,7 +115,7 @@ def test_a_last_evaluation_on_other_tokens_stays_out_of_curve_and_ratio(tmp_path
     other = write_run(tmp_path / "exo", [(0, 8.0), (200, 4.0), (400, 3.9)], "exo", eval_tokens=64, final_eval_tokens=0)
     groups, _, rows, remarks = compare.summarise([same, other])
     assert [tokens for tokens, *_ in groups[1].curve()] == [0, 200] and rows[1]["val_loss"] == 3.9
-    assert rows[1]["token_ratio"] == pytest.approx(200 / 150)                        # 5.0 lies 3/4 of the way to 200
+    assert rows[1]["token_ratio"] == pytest.approx(200 / 150)  # 5.0 lies 3/4 of the way to 200
     assert sum("--final_eval_tokens" in remark for remark in remarks) == 2
 
 
@@ -134,9 +152,14 @@ def test_variants_can_be_told_apart_without_colour():
 @needs_matplotlib
 def test_the_picture_has_a_curve_for_every_group_and_labelled_axes(tmp_path, monkeypatch):
     from matplotlib import pyplot
+
     kept, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", kept.append)
-    runs = [write_run(tmp_path / f"{v}{s}", [(0, 8.0), (200, 5.0 + s / 10), (400, 4.0)], v, s) for v in ("base", "exo") for s in (1, 2)]
+    runs = [
+        write_run(tmp_path / f"{v}{s}", [(0, 8.0), (200, 5.0 + s / 10), (400, 4.0)], v, s)
+        for v in ("base", "exo")
+        for s in (1, 2)
+    ]
     compare.main(runs + [f"--png={tmp_path / 'c.png'}"])
     axes = kept[0].axes[0]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -146,7 +169,8 @@ def test_the_picture_has_a_curve_for_every_group_and_labelled_axes(tmp_path, mon
     close(kept[0])
 
 
-# --------------------------------------------------------------------------------------------------------------- sweep
+# ---- sweep ----
+
 
 class FakeTrain:
     """Stands in for `python train.py`: writes what a run leaves behind and keeps the command lines. ends: {name: (exit
@@ -162,8 +186,14 @@ class FakeTrain:
         self.commands.append((name, flags.get("resume") == "true"))
         assert flags.get("resume") == "true" or not os.path.exists(os.path.join(flags["out_dir"], "log.jsonl"))
         loss = {"base": 4.0, "exo": 3.0}[flags["variant"]] + int(flags["seed"]) / 10
-        write_run(flags["out_dir"], [(0, 8.0), (100 * step, loss)], flags["variant"], int(flags["seed"]), max_steps=int(flags["max_steps"]),
-                  model=dict(n_layer=int(flags["n_layer"])))
+        write_run(
+            flags["out_dir"],
+            [(0, 8.0), (100 * step, loss)],
+            flags["variant"],
+            int(flags["seed"]),
+            max_steps=int(flags["max_steps"]),
+            model=dict(n_layer=int(flags["n_layer"])),
+        )
         return code
 
 
@@ -186,7 +216,16 @@ def data(tmp_path):
 
 
 def arguments(data, out, *flags):
-    return [f"--data={data}", f"--out_dir={out}", "--variants=base,exo", "--seeds=1,2", *flags, "--", "--n_layer=10", "--max_steps=20"]
+    return [
+        f"--data={data}",
+        f"--out_dir={out}",
+        "--variants=base,exo",
+        "--seeds=1,2",
+        *flags,
+        "--",
+        "--n_layer=10",
+        "--max_steps=20",
+    ]
 
 
 NAMES = ["base-seed1", "exo-seed1", "base-seed2", "exo-seed2"]
@@ -235,8 +274,14 @@ def test_a_sweep_keeps_a_second_one_out_of_its_folder(tmp_path, data, monkeypatc
         sweep.main(arguments(data, tmp_path / "s"))
 
 
-@pytest.mark.parametrize("flags, message", [(["--", "--seed=3"], "--seed: the sweep sets it itself"), (["--", "--n_embd=7"], "n_embd=7"),
-                                            (["--", "--preset=paper"], "--preset: the sweep sets it")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--", "--seed=3"], "--seed: the sweep sets it itself"),
+        (["--", "--n_embd=7"], "n_embd=7"),
+        (["--", "--preset=paper"], "--preset: the sweep sets it"),
+    ],
+)
 def test_what_train_would_refuse_is_refused_before_the_first_run(tmp_path, data, monkeypatch, flags, message):
     monkeypatch.setattr(sweep, "run_to_end", lambda command: pytest.fail("a run was started"))
     with pytest.raises(SystemExit, match=message):
@@ -244,7 +289,9 @@ def test_what_train_would_refuse_is_refused_before_the_first_run(tmp_path, data,
 
 
 def test_layers_follow_the_papers_rule_for_equal_parameters():
-    assert {name: sweep.layers_of(name, 29) for name in VARIANTS} == {name: row["n_layer"] for name, row in VARIANTS.items()}
+    assert {name: sweep.layers_of(name, 29) for name in VARIANTS} == {
+        name: row["n_layer"] for name, row in VARIANTS.items()
+    }
 
 
 @pytest.mark.parametrize("ablation", sweep.ABLATIONS)
@@ -258,16 +305,19 @@ def test_every_run_of_an_ablation_is_a_configuration_of_its_own(data, tmp_path, 
 
 
 def test_signals_reach_the_training_process_once(tmp_path):
-    child = ("import signal, sys, time\ncount = []\nsignal.signal(signal.SIGTERM, lambda *_: count.append(1))\n"
-             f"open({str(tmp_path / 'up')!r}, 'w').close()\n"
-             "end = time.time() + 10\nwhile not count and time.time() < end: time.sleep(0.01)\n"
-             "time.sleep(0.1)\nsys.exit(100 + len(count))\n")
+    child = (
+        "import os, signal, sys, time\ncount = []\nsignal.signal(signal.SIGTERM, lambda *_: count.append(1))\n"
+        f"open({str(tmp_path / 'up')!r}, 'w').close()\n"
+        "end = time.time() + 10\nwhile not count and time.time() < end: time.sleep(0.01)\n"
+        f"time.sleep(0.1)\nsys.exit(100 + len(count) + 10 * (os.getpgrp() == {os.getpgrp()}))\n"  # Ctrl-C
+    )
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt():
         while not os.path.exists(tmp_path / "up"):
             threading.Event().wait(0.01)
         os.kill(os.getpid(), signal.SIGINT)
+
     threading.Thread(target=interrupt).start()
     assert sweep.run_to_end([sys.executable, "-c", child]) == 101
     assert signal.getsignal(signal.SIGINT) is before
@@ -275,24 +325,37 @@ def test_signals_reach_the_training_process_once(tmp_path):
 
 def test_a_dry_run_measures_and_a_sweep_of_real_training_finishes(tmp_path, data, capfd):
     flags = [f"--data={data}", f"--out_dir={tmp_path / 's'}", "--variants=exo", "--seeds=1"]
-    tiny = ["--", "--n_layer=1", "--n_head=2", "--n_embd=8", "--block_size=16", "--batch_size=2", "--total_batch_size=32", "--max_steps=4",
-            "--eval_every=2", "--eval_tokens=32", "--final_eval_tokens=32", "--save_every=2"]
+    tiny = [
+        "--",
+        "--n_layer=1",
+        "--n_head=2",
+        "--n_embd=8",
+        "--block_size=16",
+        "--batch_size=2",
+        "--total_batch_size=32",
+        "--max_steps=4",
+        "--eval_every=2",
+        "--eval_tokens=32",
+        "--final_eval_tokens=32",
+        "--save_every=2",
+    ]
     sweep.main([*flags, "--dry_run", *tiny])
     said = capfd.readouterr().out
     assert "ms per step of 32 tokens" in said and "1 of 1 runs to do" in said and not (tmp_path / "s").exists()
     sweep.main([*flags, *tiny])
-    row, = json.loads((tmp_path / "s" / "table.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "s" / "table.json").read_text())["rows"]
     assert (row["label"], row["tokens"], row["layers"]) == ("exo", 128, 1) and 3 < row["val_loss"] < 7
     sweep.main([*flags, "--dry_run", *tiny])
     assert "every run is finished" in capfd.readouterr().out
 
 
 def test_estimated_time_scales_with_flops_tokens_and_evaluations():
-    reference = (10, 100.0, 0, 0)                                                    # parameters, FLOPs per token, ...
+    reference = (10, 100.0, 0, 0)  # parameters, FLOPs per token, ...
     assert sweep.seconds_of((10, 300.0, 1000, 300), (2.0, 5.0), reference, 50) == pytest.approx(5 + 2 / 50 * 3 * 1100)
 
 
-# ----------------------------------------------------------------------------------------------------------- six tasks
+# ---- six tasks ----
+
 
 def random_model(**sizes):
     """A tiny byte-level model, none of whose matrices is zero; float64, so that a loop is an oracle to 1e-5."""
@@ -307,34 +370,36 @@ def random_model(**sizes):
 @torch.no_grad()
 def looped_score(model, context, continuation):
     """(log p, greedy) of a continuation, one forward pass per token; the row keeps its last block_size + 1 tokens."""
-    row, total, greedy = (context + continuation)[-(model.config.block_size + 1):], 0.0, True
+    row, total, greedy = (context + continuation)[-(model.config.block_size + 1) :], 0.0, True
     for place in range(len(row) - len(continuation), len(row)):
         log_p = model(torch.tensor([row[:place]]))[0, -1].double().log_softmax(-1)
         total, greedy = total + log_p[row[place]].item(), greedy and log_p.argmax().item() == row[place]
     return total, greedy
 
 
-def random_rows(model, count=40):
-    """(context, continuation) pairs of many lengths, some too long for block_size, some that greedy decoding would give."""
-    draw, rows = np.random.default_rng(0), []
+@functools.cache
+def scored_rows(count=24):
+    """(context, continuation) pairs of many lengths, some too long for block_size, some wholly or partly as greedy
+    decoding has them, and their looped scores."""
+    model, draw, rows = random_model(), np.random.default_rng(0), []
     for i in range(count):
         context = draw.integers(0, 257, draw.integers(1, 24)).tolist()
         continuation = draw.integers(0, 257, draw.integers(1, 9)).tolist()
-        if i % 4 == 0:
+        if i % 4 < 2:
             context = context[:8]
-            continuation = six_tasks.generate(model, torch.tensor([context]), 3, temperature=0)[0, -3:].tolist()
+            likely = six_tasks.generate(model, torch.tensor([context]), 3, temperature=0)[0, -3:].tolist()
+            continuation = likely if i % 4 else likely[:2] + continuation[:1]
         rows.append((context, continuation))
-    return rows
+    return rows, [looped_score(model, *row) for row in rows]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_scores_equal_a_loop_over_tokens_at_every_batch_size(batch_size):
-    model = random_model()
-    rows = random_rows(model)
-    scores = six_tasks.score_rows(model, rows, batch_size)
-    expected = [looped_score(model, *row) for row in rows]
-    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected] and sum(g for _, g in expected) >= 10
-    assert [score for score, _ in scores] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    rows, expected = scored_rows()
+    scores = six_tasks.score_rows(random_model(), rows, batch_size)
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    assert 6 <= sum(greedy for _, greedy in expected) < 12
+    assert np.allclose([score for score, _ in scores], [score for score, _ in expected], rtol=0, atol=1e-4)
 
 
 def test_a_continuation_longer_than_the_context_window_is_refused():
@@ -358,7 +423,7 @@ def test_generation_equals_greedy_steps_and_ends_at_the_stop_text():
             ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
             if ids[-1] == tokenizer.eot:
                 break
-        expected.append(tokenizer.decode([t for t in ids[len(context):] if t != tokenizer.eot]))
+        expected.append(tokenizer.decode([t for t in ids[len(context) :] if t != tokenizer.eot]))
     requests = [(context, dict(max_gen_toks=6)) for context in ("abc", "xyz", "a")]
     assert six_tasks.generate_texts(model, tokenizer, requests) == expected
     assert six_tasks.cut_at("one two\nthree", ["\n", "two"]) == "one " and six_tasks.cut_at("one", []) == "one"
@@ -376,7 +441,7 @@ class Request:
 def test_the_adapter_scores_texts_as_a_loop_does(batch_size):
     model, tokenizer = random_model(), get_tokenizer("bytes")
     pairs = [("the cat", " sat"), ("", "on"), ("a ", "mat"), ("much longer than the window", " is it")]
-    moved = [("the cat", " sat"), (None, "on"), ("a", " mat"), pairs[3]]              # spaces go with the continuation
+    moved = [("the cat", " sat"), (None, "on"), ("a", " mat"), pairs[3]]  # spaces go with the continuation
     scores = six_tasks.adapter(model, batch_size).loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
     ids = [([256] if context is None else tokenizer.encode(context), tokenizer.encode(text)) for context, text in moved]
     expected = [looped_score(model, *row) for row in ids]
@@ -392,20 +457,35 @@ def test_rolling_log_likelihood_predicts_every_token_once(batch_size):
     for text in texts:
         ids = tokenizer.encode(text)
         before, total = [tokenizer.eot] + ids, 0.0
-        for i, token in enumerate(ids):                      # full windows of `block`; the last reaches back for context
+        for i, token in enumerate(ids):  # full windows of `block`; the last reaches back for context
             end = min(len(ids), (i // block + 1) * block)
-            total += looped_score(model, before[max(0, end - block):i + 1], [token])[0]
+            total += looped_score(model, before[max(0, end - block) : i + 1], [token])[0]
         expected.append(total)
     scores = six_tasks.adapter(model, batch_size).loglikelihood_rolling([Request(text) for text in texts])
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
-ARC = [dict(id="1", question=dict(stem="What barks?", choices=[dict(text=t, label=l) for t, l in zip(("cat", "dog", "a big cow"), "123")]),
-            answerKey="2"),
-       dict(id="2", question=dict(stem="Which is hot?", choices=[dict(text=t, label=l) for t, l in zip(("ice", "fire", "snow", "rain", "milk"), "ABCDE")]),
-            answerKey="B")]
-WINOGRANDE = [dict(sentence="The cup fell off the desk as _ was wet.", option1="cup", option2="desk", answer="1"),
-              dict(sentence="Ann paid Sue since _ had won.", option1="Ann", option2="Sue", answer="2")]
+ARC = [
+    dict(
+        id="1",
+        question=dict(
+            stem="What barks?", choices=[dict(text=t, label=l) for t, l in zip(("cat", "dog", "a big cow"), "123")]
+        ),
+        answerKey="2",
+    ),
+    dict(
+        id="2",
+        question=dict(
+            stem="Which is hot?",
+            choices=[dict(text=t, label=l) for t, l in zip(("ice", "fire", "snow", "rain", "milk"), "ABCDE")],
+        ),
+        answerKey="B",
+    ),
+]
+WINOGRANDE = [
+    dict(sentence="The cup fell off the desk as _ was wet.", option1="cup", option2="desk", answer="1"),
+    dict(sentence="Ann paid Sue since _ had won.", option1="Ann", option2="Sue", answer="2"),
+]
 
 
 def write_lines(path, rows):
@@ -427,7 +507,9 @@ def items(tmp_path):
 def test_items_keep_three_and_five_options_and_numeric_labels(items):
     rows = six_tasks.read_arc(str(items / "arc/ARC-Easy-Test.jsonl"))
     assert [row["choices"]["label"] for row in rows] == [["1", "2", "3"], ["A", "B", "C", "D", "E"]]
-    assert rows[0] == dict(question="What barks?", choices=dict(text=["cat", "dog", "a big cow"], label=["1", "2", "3"]), answerKey="2")
+    assert rows[0] == dict(
+        question="What barks?", choices=dict(text=["cat", "dog", "a big cow"], label=["1", "2", "3"]), answerKey="2"
+    )
 
 
 def test_piqa_takes_its_labels_from_the_second_file_line_by_line(tmp_path):
@@ -440,7 +522,9 @@ def test_piqa_takes_its_labels_from_the_second_file_line_by_line(tmp_path):
         six_tasks.read_piqa(str(tmp_path / "p/valid.jsonl"))
 
 
-@pytest.mark.parametrize("bad, what", [({**ARC[0], "answerKey": "F"}, "answerKey 'F' is none of"), ({"id": "1"}, "KeyError: 'question'")])
+@pytest.mark.parametrize(
+    "bad, what", [({**ARC[0], "answerKey": "F"}, "answerKey 'F' is none of"), ({"id": "1"}, "KeyError: 'question'")]
+)
 def test_an_item_that_cannot_be_used_is_named_with_its_line(tmp_path, bad, what):
     write_lines(str(tmp_path / "d/x.jsonl"), [ARC[1], bad])
     with pytest.raises(InputError, match=f"x.jsonl, line 2: .*{what}"):
@@ -466,18 +550,42 @@ def test_lm_eval_counts_what_a_loop_over_the_prompts_counts(items):
     right = []
     for row in ARC:
         texts = [choice["text"] for choice in row["question"]["choices"]]
-        scores = [looped_score(model, encode(f"Question: {row['question']['stem']}\nAnswer:"), encode(f" {t}"))[0] / len(t) for t in texts]
-        right.append(int(np.argmax(scores)) == [choice["label"] for choice in row["question"]["choices"]].index(row["answerKey"]))
+        scores = [
+            looped_score(model, encode(f"Question: {row['question']['stem']}\nAnswer:"), encode(f" {t}"))[0] / len(t)
+            for t in texts
+        ]
+        right.append(
+            int(np.argmax(scores)) == [choice["label"] for choice in row["question"]["choices"]].index(row["answerKey"])
+        )
     chosen = []
     for row in WINOGRANDE:
         start, end = row["sentence"].split("_")
-        scores = [looped_score(model, encode(start + option), encode(end))[0] for option in (row["option1"], row["option2"])]
+        scores = [
+            looped_score(model, encode(start + option), encode(end))[0] for option in (row["option1"], row["option2"])
+        ]
         chosen.append(str(1 + int(np.argmax(scores))) == row["answer"])
-    results = [six_tasks.evaluate(model, ["arc_easy", "winogrande"], 0, None, str(items), batch_size) for batch_size in (1, 64)]
+    results = [
+        six_tasks.evaluate(model, ["arc_easy", "winogrande"], 0, None, str(items), batch_size) for batch_size in (1, 64)
+    ]
     assert results[0]["tasks"] == results[1]["tasks"]
     assert [task["value"] for task in results[0]["tasks"].values()] == [sum(right) / 2, sum(chosen) / 2]
     lines = "\n".join(six_tasks.table(results[0], "exo", 1000))
     assert "ARC-e" in lines and "WinoGrande" in lines and "average" not in lines
+
+
+@needs_lm_eval
+def test_examples_are_those_that_lm_eval_draws_with_its_seed(items, monkeypatch):
+    stems = [f"What barks in {place}?" for place in ("Rome", "Oslo", "Bonn", "Lima", "Pisa", "Nara", "Faro", "Cork")]
+    train = [{**ARC[0], "question": {**ARC[0]["question"], "stem": stem}} for stem in stems]
+    write_lines(str(items / "arc/ARC-Easy-Train.jsonl"), train)
+    asked, tokenizer, draw, expected = [], get_tokenizer("bytes"), random.Random(1234), []
+    monkeypatch.setattr(six_tasks, "score_rows", lambda _, rows, *__: asked.extend(rows) or [(0.0, False)] * len(rows))
+    six_tasks.evaluate(random_model(), ["arc_easy"], 2, None, str(items))
+    for row in ARC:
+        shots = "".join(f"Question: {shot['question']['stem']}\nAnswer: dog\n\n" for shot in draw.sample(train, 2))
+        prompt = f"{shots}Question: {row['question']['stem']}\nAnswer:"
+        expected += [(prompt, f" {choice['text']}") for choice in row["question"]["choices"]]
+    assert [tuple(map(tokenizer.decode, row)) for row in asked] == expected
 
 
 def test_a_missing_lm_eval_is_one_line(tmp_path, monkeypatch):
