@@ -21,7 +21,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from model import VARIANTS, Causal, ConfigError, count_parameters
-from prepare_fineweb import InputError, read_meta
+from prepare_fineweb import InputError, find_shards, read_meta
 from train import Tokens, clock, name_of
 
 SPARSE_GATE, NEAR_ZERO_LAMBDA, CORE_VARIANCE = 0.2, 0.001, 0.99
@@ -261,6 +261,7 @@ def variant_name(config):
 def validation_windows(folder, config, rows=0, block_size=0):
     """(rows, T + 1) token ids: the first windows of the validation split, which overlap by one token; rows=0: all.
     T is block_size, or the model's where that is 0. InputError or ConfigError where data and model do not fit."""
+    find_shards(folder, "val")                             # says so if there are none, before anything else is asked
     length, tokenizer = block_size or config.block_size, read_meta(folder)["tokenizer"]
     if tokenizer != config.tokenizer:
         raise ConfigError(f"--data={folder} holds {tokenizer} tokens, but the model was trained on {config.tokenizer}")
