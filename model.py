@@ -54,7 +54,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 # ------------------------------------------------------------------------------------------------------------- 1 config
 
 COMPONENTS = "qkvg"                 # the order of rows in every fused projection and of the slots of Eq. 11
-GRANULARITY = {                     # the shape of a lambda, which broadcasts against (..., H, D); Section 3 of the paper
+GRANULARITY = {                     # the shape of a lambda, to broadcast against (..., H, D); Section 3
     "scalar": lambda n_head, head_dim: (1, 1),
     "headwise": lambda n_head, head_dim: (n_head, 1),
     "elementwise": lambda n_head, head_dim: (n_head, head_dim),
@@ -88,7 +88,8 @@ class ModelConfig:
     dynamic_dim: int = setting(16, "hidden width of the dynamic-mixing MLP (Eq. 11)")
     lambda_init: float | None = setting(None, "start of every lambda; none means 0.5, and 1.0 when dynamic")
     qk_norm: bool = setting(True, "RMSNorm on the mixed queries and keys")
-    norm_position: str = setting("pre", "RMSNorm before each sub-layer (pre, the paper) or after its residual sum (post)")
+    norm_position: str = setting("pre", "RMSNorm before each sub-layer (pre, the paper) or after its "
+                                "residual sum (post)")
     rope_theta: float = setting(500_000.0, "base of the rotary angles")
     tokenizer: str = setting("gpt2", "what the token ids mean: gpt2 or bytes")
 
@@ -109,8 +110,8 @@ class ModelConfig:
             yield (any(s not in COMPONENTS for s in letters) or len(set(letters)) < len(letters),
                    f"{name}={letters!r} must use the letters q, k, v, g, each at most once")
         yield self.n_embd % self.n_head != 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"
-        yield (self.head_dim % 2 != 0, f"head_dim={self.head_dim} (n_embd={self.n_embd} / n_head={self.n_head}) is odd; "
-               "RoPE rotates pairs of channels")
+        yield (self.head_dim % 2 != 0, f"head_dim={self.head_dim} (n_embd={self.n_embd} / n_head={self.n_head}) is "
+               "odd; RoPE rotates pairs of channels")
         yield self.ffn_dim % 2 != 0 or self.ffn_dim < 0, f"ffn_dim={self.ffn_dim} must be even and not negative"
         yield ("g" in self.mix and not self.gate,
                f"mix={self.mix!r} mixes g, but gate={self.gate} gives the layers no g")
@@ -122,6 +123,7 @@ class ModelConfig:
 
     @property
     def head_dim(self):
+        """Channels of one head, D."""
         return self.n_embd // self.n_head
 
     @property
@@ -135,7 +137,7 @@ class ModelConfig:
         return 64 * math.ceil(self.vocab_size / 64)
 
     def mixed_in(self, layer):
-        """The letters mixed in `layer` (0-based): an internal anchor is layer 0's own and is not mixed there (Eq. 10)."""
+        """The letters mixed in `layer` (0-based): an internal anchor is layer 0's own, not mixed there (Eq. 10)."""
         return "".join(s for s in COMPONENTS if s in self.mix and not (self.anchor == "internal" and layer == 0))
 
 
@@ -166,11 +168,13 @@ VARIANTS = {  # --variant: the ModelConfig fields of one row of Table 3
 }
 
 TABLE_3 = {  # what the paper prints for each row: (millions of parameters, validation perplexity, average accuracy)
-    "base": (454, 14.79, 48.14), "gated": (453, 14.64, 48.80), "resformer": (454, 14.32, 49.65), "naive": (453, 14.25, 49.09),
+    "base": (454, 14.79, 48.14), "gated": (453, 14.64, 48.80), "resformer": (454, 14.32, 49.65),
+    "naive": (453, 14.25, 49.09),
     "nuresformer_qknorm": (453, 14.21, 48.91), "nuresformer_qknorm_headwise": (453, 14.21, 49.68),
     "nuresformer_qknorm_scalar": (453, 14.22, 49.83), "nuresformer_vg": (453, 14.24, 49.20),
     "nuresformer_vg_headwise": (453, 14.22, 49.11), "nuresformer_vg_scalar": (453, 14.24, 49.28),
-    "nuresformer": (453, 14.15, 49.68), "nuresformer_headwise": (453, 14.17, 49.42), "nuresformer_scalar": (453, 14.17, 49.11),
+    "nuresformer": (453, 14.15, 49.68), "nuresformer_headwise": (453, 14.17, 49.42),
+    "nuresformer_scalar": (453, 14.17, 49.11),
     "exo_nonorm": (457, 14.30, 49.69), "exo_dynamic": (457, 14.09, 50.27), "exo": (457, 14.13, 49.85),
     "exo_headwise": (457, 14.14, 49.23), "exo_scalar": (457, 14.15, 49.16),
 }
@@ -192,11 +196,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return (x * scale).type_as(x) * self.weight.type_as(x)          # so the backward reads and keeps x's dtype alone
+        return (x * scale).type_as(x) * self.weight.type_as(x)          # cast first: the backward keeps x's dtype
 
 
 class Linear(nn.Linear):
-    """A matrix without bias. It may hold `parts` matrices stacked by rows: one product, but Muon treats each by itself."""
+    """A matrix without bias. It may hold `parts` matrices stacked by rows: one product, yet Muon sees each alone."""
 
     def __init__(self, n_in, n_out, parts=1):
         super().__init__(n_in, n_out, bias=False)
@@ -204,7 +208,7 @@ class Linear(nn.Linear):
 
 
 class SwiGLU(nn.Module):
-    """W_down(silu(gate) * value), where [value; gate] = W_up x is one matrix of ffn_dim rows (the paper's "FFN dimension")."""
+    """W_down(silu(gate) * value), where [value; gate] = W_up x has ffn_dim rows (the paper's "FFN dimension")."""
 
     def __init__(self, config):
         super().__init__()
@@ -229,7 +233,7 @@ class Causal:
         position = torch.arange(start, start + length, dtype=torch.float32, device=device)
         angle = torch.outer(position, config.rope_theta ** (-channel / config.head_dim))
         cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
-        table = torch.cat((cos, cos, -sin, sin), dim=-1)                    # one tensor, or each kernel redoes the cosines
+        table = torch.cat((cos, cos, -sin, sin), dim=-1)           # one tensor, or each kernel redoes the cosines
         self.cos, self.sin = table.chunk(2, dim=-1)                         # (T, 1, D)
         self.mask = None
 
@@ -308,7 +312,7 @@ class DynamicMixing(nn.Module):
 
     def forward(self, h):
         gamma = torch.sigmoid(self.fc2(F.gelu(self.fc1(h))).float() + self.bias)                   # Eq. 11
-        slots = gamma[..., None, None].unbind(-3)                                                     # 2m of (B, T, 1, 1)
+        slots = gamma[..., None, None].unbind(-3)                                             # 2m of (B, T, 1, 1)
         return {s: (slots[2 * i], slots[2 * i + 1]) for i, s in enumerate(self.letters)}
 
 
@@ -364,7 +368,7 @@ class Mix(nn.Module):
 class Anchor(nn.Module):
     """{s: S_anc (B, T, H, D)} for each mixed s, made once per forward from the embeddings, before RoPE.
 
-    Eq. 10's RMSNorm of the anchor has one gain (D,) per component for all heads and layers, so it is applied here, once.
+    Eq. 10's RMSNorm of the anchor has one gain (D,) per component for all heads and layers: it is applied here, once.
     """
 
     def __init__(self, config):
@@ -373,6 +377,7 @@ class Anchor(nn.Module):
             s: RMSNorm(config.head_dim) if s in config.anchor_norm else nn.Identity() for s in config.mix})
 
     def normed(self, source):
+        """The mixed letters of `source`, {s: S}, each through its norm, if it has one."""
         return {s: norm(source[s]) for s, norm in self.norms.items()}
 
 
@@ -442,7 +447,7 @@ class Attention(nn.Module):
         return self.out_proj(u.flatten(-2))                                                        # Eq. 3
 
 
-NORM_POSITION = {"pre": (RMSNorm, nn.Identity), "post": (nn.Identity, RMSNorm)}    # (before the sub-layer, after the sum)
+NORM_POSITION = {"pre": (RMSNorm, nn.Identity), "post": (nn.Identity, RMSNorm)}    # (before, after the sum)
 
 
 class Block(nn.Module):
@@ -649,7 +654,7 @@ def flops_per_token(model, length):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values so that a crash at any moment leaves the old file or the whole new one."""
+    """Write a dict of tensors and plain values so that a crash leaves the old file or the whole new one."""
     partial = f"{path}.tmp"
     with open(partial, "wb") as file:
         torch.save(checkpoint, file)
@@ -674,7 +679,8 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such checkpoint") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path} is not a whole checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        raise ConfigError(f"{path} is not a whole checkpoint ({why})") from None
     raise ConfigError(f"{path} is damaged: its record {damaged} fails its checksum")
 
 
@@ -695,9 +701,11 @@ def load_checkpoint(path, device="cpu"):
 
 
 RELEASED_NAMES = (  # (our name, the released code's), tried in order on each of our parameters
-    (r"^embed\.", "transformer.wte."), (r"^layers\.", "transformer.layers."), (r"^final_norm\.", "transformer.final_norm."),
-    (r"^head\.", "lm_head."), (r"^anchor\.project\.", "anchor_proj."), (r"^anchor\.norms\.(.)\.", r"anchor_\1_norm."),
-    (r"\.attn\.project\.", ".attn.c_attn."), (r"\.out_proj\.", ".c_proj."), (r"\.up\.", ".fc1."), (r"\.down\.", ".fc2."),
+    (r"^embed\.", "transformer.wte."), (r"^layers\.", "transformer.layers."),
+    (r"^final_norm\.", "transformer.final_norm."), (r"^head\.", "lm_head."),
+    (r"^anchor\.project\.", "anchor_proj."), (r"^anchor\.norms\.(.)\.", r"anchor_\1_norm."),
+    (r"\.attn\.project\.", ".attn.c_attn."), (r"\.out_proj\.", ".c_proj."), (r"\.up\.", ".fc1."),
+    (r"\.down\.", ".fc2."),
     (r"\.mix\.(.)\.lambda_anchor", r".lambda_\g<1>1"), (r"\.mix\.(.)\.lambda_current", r".lambda_\g<1>2"),
     (r"\.gammas\.bias", ".dynamic_mixing.fc2.bias"), (r"\.gammas\.", ".dynamic_mixing."),
 )
@@ -715,10 +723,11 @@ def released_config(state, n_head, anchor_norm, **settings):
         raise ConfigError(f"not a checkpoint of the released code: no transformer.wte.weight among {len(state)} keys")
     vocab_size, n_embd = state["transformer.wte.weight"].shape
     n_layer = len({key.split(".")[2] for key in state if key.startswith("transformer.layers.")})
-    last = f"transformer.layers.{n_layer - 1}.attn."
+    last = f"transformer.layers.{n_layer - 1}.attn."     # not layer 0, which mixes nothing if its own is the anchor
     lambdas = {s: state[f"{last}lambda_{s}1"] for s in COMPONENTS if f"{last}lambda_{s}1" in state}
     shape = next(iter(lambdas.values())).shape if lambdas else torch.Size()
-    head_dim = next((t.size(-1) for t in (state.get(f"{last}q_norm.weight"),) if t is not None), None)
+    q_norm = state.get(f"{last}q_norm.weight")
+    head_dim = None if q_norm is None else q_norm.size(-1)
     n_head = n_head or (n_embd // head_dim if head_dim else shape[0] if shape.numel() > 1 else None)
     if n_head is None:
         raise ConfigError("the keys do not tell the number of heads; pass n_head")
@@ -734,22 +743,22 @@ def released_config(state, n_head, anchor_norm, **settings):
 
 
 def released_anchor_norm(state, anchor, mix, asked):
-    """Which anchors a released model normalises. Internal q and k are normed by layer 0's QKNorm, which leaves no key."""
+    """The anchors a released model normalises. Internal q and k share layer 0's QKNorm, which leaves no key to tell."""
     name = "anchor_{}_norm.weight" if anchor == "exogenous" else "transformer.layers.0.attn.{}_norm.weight"
     owned = "".join(s for s in mix if name.format(s) in state)
     told = anchor != "internal" or not set("qk") & set(mix) or set("vg") & set(owned)
     if told and asked not in (None, owned):
         raise ConfigError(f"anchor_norm={asked!r}, but the keys say {owned!r}")
     if not told and asked is None:
-        print(f"from_released: the keys do not say whether the q and k anchors are normalised; taking anchor_norm={owned!r} "
-              "(pass anchor_norm='' for a model trained without)")
+        print("from_released: the keys do not say whether the q and k anchors are normalised; "
+              f"taking anchor_norm={owned!r} (pass anchor_norm='' for a model trained without)")
     if not told and not set(asked or "") <= set(owned):
         raise ConfigError(f"anchor_norm={asked!r} must be '' or {owned!r}: no other norm has a gain in these keys")
     return owned if told or asked is None else asked
 
 
 def translate_released(theirs, ours, config):
-    """The state dict `ours` filled with the released tensors in float32. ConfigError names any key missing or left over."""
+    """The state dict `ours` filled with the released tensors in float32. ConfigError for a key missing or left over."""
     filled, left = {}, dict.fromkeys(theirs)
     for name, like in ours.items():
         key = name
@@ -763,7 +772,7 @@ def translate_released(theirs, ours, config):
         filled[name] = fit_released(key, theirs[key].float(), like, config)
     unknown = [key for key in left if not any(re.fullmatch(dead, key) for dead in DEAD_IN_RELEASED)]
     if unknown:
-        raise ConfigError(f"the checkpoint holds {len(unknown)} tensors this model has no place for, first {unknown[0]}")
+        raise ConfigError(f"the checkpoint holds {len(unknown)} tensors this model has no place for: {unknown[0]} ...")
     return filled
 
 
@@ -783,12 +792,14 @@ def fit_released(key, tensor, like, config):
 
 def print_variants():
     """Table 3 as this file builds it: exact parameters beside the paper's, at the paper's size."""
-    print(f"{'--variant':28s}{'layers':>7s}{'parameters':>14s}{'M':>7s}{'paper M':>9s}{'GFLOP/token':>13s}{'paper ppl':>11s}")
+    print(f"{'--variant':28s}{'layers':>7s}{'parameters':>14s}{'M':>7s}{'paper M':>9s}{'GFLOP/token':>13s}"
+          f"{'paper ppl':>11s}")
     for name, (millions, perplexity, _) in TABLE_3.items():
         with torch.device("meta"):
             model = ExoFormer(variant_config(name))
         n, flops = count_parameters(model), flops_per_token(model, model.config.block_size)
-        print(f"{name:28s}{model.config.n_layer:7d}{n:14,d}{n / 1e6:7.1f}{millions:9d}{flops / 1e9:13.3f}{perplexity:11.2f}")
+        print(f"{name:28s}{model.config.n_layer:7d}{n:14,d}{n / 1e6:7.1f}{millions:9d}{flops / 1e9:13.3f}"
+              f"{perplexity:11.2f}")
 
 
 def print_samples(args):
@@ -806,7 +817,9 @@ def print_samples(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print the table of variants, or sample from a checkpoint.", allow_abbrev=False)
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Print the table of variants, or sample from a checkpoint.",
+                                     allow_abbrev=False)
     parser.add_argument("--ckpt", help="checkpoint to sample from, ours or the released code's")
     parser.add_argument("--prompt", default="", help="text to continue; empty starts a new document")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add")

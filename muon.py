@@ -55,7 +55,7 @@ def normalise_rows(update, variance, beta2):
     square = update.float().square().mean(across, keepdim=True)
     variance.lerp_(square.to(variance.dtype), 1 - beta2)
     scaled = update * variance.clamp(min=1e-10).rsqrt().to(update.dtype)
-    before, after = torch.linalg.matrix_norm(update.float(), keepdim=True), torch.linalg.matrix_norm(scaled.float(), keepdim=True)
+    before, after = (torch.linalg.matrix_norm(m.float(), keepdim=True) for m in (update, scaled))
     return scaled * (before / after.clamp(min=1e-10)).to(update.dtype)
 
 
@@ -74,8 +74,8 @@ class Muon(torch.optim.Optimizer):
     The state has the dtype of the parameters: keep those in float32 and a step of 1e-3 of a weight is not rounded away.
     """
 
-    def __init__(self, params, lr=0.01, momentum=0.95, nesterov=True, weight_decay=0.1, cautious=True, beta2=None, parts=1,
-                 polar=polar_express):
+    def __init__(self, params, lr=0.01, momentum=0.95, nesterov=True, weight_decay=0.1, cautious=True, beta2=None,
+                 parts=1, polar=polar_express):
         self.polar = polar
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                                       cautious=cautious, beta2=beta2, parts=parts))

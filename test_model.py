@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,7 +31,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import model as M
 import muon
 import train as T
-from model import VARIANTS, ConfigError, ExoFormer, KVCache, ModelConfig, generate, load_checkpoint, save_checkpoint, variant_config
+from model import (VARIANTS, ConfigError, ExoFormer, KVCache, ModelConfig, generate, load_checkpoint, save_checkpoint,
+                   variant_config)
 
 HERE = pathlib.Path(__file__).parent
 TESTDATA = HERE / "paper" / "testdata"
@@ -113,7 +115,8 @@ def test_released_names_are_strict():
 
 def test_released_prefix_and_old_norm_names_load_alike():
     golden, state, model = released("nures_full_elementwise")
-    renamed = {f"_orig_mod.{k}".replace("v_norm", "v_res_norm").replace("g_norm", "g_res_norm"): v for k, v in state.items()}
+    renamed = {f"_orig_mod.{k}".replace("v_norm", "v_res_norm").replace("g_norm", "g_res_norm"): v
+               for k, v in state.items()}
     idx = torch.tensor(golden["idx"])
     assert torch.equal(ExoFormer.from_released(renamed, block_size=64)(idx), model(idx))
 
@@ -172,8 +175,9 @@ def test_eq_10_and_12_mix_matches_loops(granularity):
         mixed = mix(anchor, current, gamma)
     first, second = (p.detach().expand(4, 8) for p in (mix.lambda_anchor, mix.lambda_current))
     for b, t, h, d in np.ndindex(*shape):
-        expected = (gamma[0, b, t] * first[h, d] * anchor[b, t, h, d] + gamma[1, b, t] * second[h, d] * current[b, t, h, d]).item()
-        assert abs(mixed[b, t, h, d].item() - expected) < 1e-12
+        expected = (gamma[0, b, t] * first[h, d] * anchor[b, t, h, d]
+                    + gamma[1, b, t] * second[h, d] * current[b, t, h, d])
+        assert abs(mixed[b, t, h, d].item() - expected.item()) < 1e-12
 
 
 def test_eq_11_gamma_matches_loops():
@@ -182,7 +186,8 @@ def test_eq_11_gamma_matches_loops():
         for p in dynamic.parameters():
             p.normal_()
     h = torch.randn(2, 3, 32).double()
-    gamma, w1, w2, bias = dynamic(h), *(p.detach().numpy() for p in (dynamic.fc1.weight, dynamic.fc2.weight, dynamic.bias))
+    gamma = dynamic(h)
+    w1, w2, bias = (p.detach().numpy() for p in (dynamic.fc1.weight, dynamic.fc2.weight, dynamic.bias))
     for b, t in np.ndindex(2, 3):
         hidden = w1 @ h[b, t].numpy()
         hidden = np.array([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in hidden])
@@ -196,14 +201,14 @@ def test_rms_norm_and_rope_match_loops():
     norm, x = M.RMSNorm(8), torch.randn(2, 5, 3, 8)
     with torch.no_grad():
         norm.weight.normal_()
-    y = norm(x).detach().numpy()
+    y, gain = norm(x).detach().numpy(), norm.weight.detach().numpy()
     rotated = M.Causal(ModelConfig(**TINY), 5, "cpu", start=2).rotate(x).numpy()
     for b, t, h in np.ndindex(2, 5, 3):
         v = x[b, t, h].double().numpy()
-        np.testing.assert_allclose(y[b, t, h], v / np.sqrt((v * v).mean() + 1e-6) * norm.weight.detach().numpy(), rtol=1e-5)
+        np.testing.assert_allclose(y[b, t, h], v / np.sqrt((v * v).mean() + 1e-6) * gain, rtol=1e-5)
         for i in range(4):
             turned = complex(v[i], v[i + 4]) * np.exp(1j * (t + 2) * 500_000.0 ** (-2 * i / 8))
-            np.testing.assert_allclose([rotated[b, t, h, i], rotated[b, t, h, i + 4]], [turned.real, turned.imag], atol=1e-5)
+            np.testing.assert_allclose(rotated[b, t, h, [i, i + 4]], [turned.real, turned.imag], atol=1e-5)
 
 
 @pytest.mark.parametrize("anchor", ["internal", "exogenous"])
@@ -223,8 +228,10 @@ def test_dynamic_equals_static_at_init(anchor, granularity):
 
 
 def test_internal_anchor_is_not_mixed_in_its_own_layer():
-    inside, outside = (ExoFormer(ModelConfig(**TINY, anchor=anchor, dynamic=True)) for anchor in ("internal", "exogenous"))
-    assert [len(layer.attn.mix) for layer in inside.layers] == [0, 4, 4] and [len(layer.attn.mix) for layer in outside.layers] == [4, 4, 4]
+    inside, outside = (ExoFormer(ModelConfig(**TINY, anchor=anchor, dynamic=True))
+                       for anchor in ("internal", "exogenous"))
+    assert [len(layer.attn.mix) for layer in inside.layers] == [0, 4, 4]
+    assert [len(layer.attn.mix) for layer in outside.layers] == [4, 4, 4]
     assert not list(inside.layers[0].attn.gammas.parameters())
 
 
@@ -265,7 +272,8 @@ def test_documents_cannot_see_each_other(variant):
     model, idx = tiny(variant), tokens(1, 30)
     packed = model(idx, docs=torch.tensor([[0] * 11 + [1] * 9 + [2] * 10]))
     for start, stop in ((0, 11), (11, 20), (20, 30)):
-        torch.testing.assert_close(packed[:, start:stop, :96], model(idx[:, start:stop])[..., :96], atol=2e-4, rtol=1e-4)
+        alone = model(idx[:, start:stop])
+        torch.testing.assert_close(packed[:, start:stop, :96], alone[..., :96], atol=2e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -273,7 +281,8 @@ def test_flex_attention_masks_the_same_tokens():
     """The CUDA path of document masking, run by FlexAttention's eager CPU forward, where it needs no GPU."""
     config, (q, k, v) = ModelConfig(**{**TINY, "block_size": 300}), torch.randn(3, 2, 300, 4, 8)
     docs = (tokens(2, 300) < 3).cumsum(1)
-    sparse, dense = (kind(config, 300, "cpu", docs).attend(0, q, k, v) for kind in (M.DocumentBlocks, M.WithinDocuments))
+    sparse, dense = (kind(config, 300, "cpu", docs).attend(0, q, k, v)
+                     for kind in (M.DocumentBlocks, M.WithinDocuments))
     torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-5)
 
 
@@ -309,7 +318,8 @@ def test_init_is_total(variant):
         zero = any(part in name for part in ("out_proj", "down", "head", "fc2", "bias"))
         assert (p == 0).all() == zero, name
     assert abs(model.layers[0].mlp.up.weight.std().item() - 0.02) < 0.001 and model.embed.weight.abs().max() <= 0.06
-    assert all((mix.lambda_anchor == (1.0 if model.config.dynamic else 0.5)).all() for layer in model.layers for mix in layer.attn.mix.values())
+    start = 1.0 if model.config.dynamic else 0.5
+    assert all((mix.lambda_anchor == start).all() for layer in model.layers for mix in layer.attn.mix.values())
 
 
 @every_variant
@@ -352,26 +362,31 @@ def test_compiler_computes_an_internal_anchor_once():
         backend = aot_autograd(fw_compiler=lambda graph, _: graphs.append(graph) or make_boxed_func(graph.forward),
                                partition_fn=min_cut_rematerialization_partition)
         torch.compile(tiny(variant).loss, backend=backend, fullgraph=True)(tokens(2, 24), tokens(2, 24))
-        products[variant] = sum(node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for node in graphs[0].graph.nodes)
+        product = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        products[variant] = sum(node.target in product for node in graphs[0].graph.nodes)
     assert products["nuresformer"] == products["gated"] == 3 * 4 + 1
 
 
-@pytest.mark.parametrize("changes", [dict(norm_position="post"), dict(qk_norm=False), dict(gate=False, mix="kv", anchor_norm="v"),
-                                     dict(dynamic=True, mix="gq", anchor_norm="g", granularity="scalar"), dict(dynamic=True, gate=False, mix="qkv", anchor_norm="", anchor="internal")])
+@pytest.mark.parametrize("changes", [
+    dict(norm_position="post"), dict(qk_norm=False), dict(gate=False, mix="kv", anchor_norm="v"),
+    dict(dynamic=True, mix="gq", anchor_norm="g", granularity="scalar"),
+    dict(dynamic=True, gate=False, mix="qkv", anchor_norm="", anchor="internal")])
 @torch.no_grad()
 def test_axes_combine_freely(changes):
     model, idx = tiny("exo", **changes), tokens(2, 20)
     full = model(idx)
     cache = KVCache(model.config, 2, 20)
-    torch.testing.assert_close(torch.cat([model(idx[:, :9], cache=cache), model(idx[:, 9:], cache=cache)], 1), full, atol=2e-4, rtol=1e-4)
+    pieces = torch.cat([model(idx[:, :9], cache=cache), model(idx[:, 9:], cache=cache)], 1)
+    torch.testing.assert_close(pieces, full, atol=2e-4, rtol=1e-4)
     assert full[..., :96].isfinite().all() and not torch.allclose(full, tiny("gated")(idx))
 
 
 @pytest.mark.parametrize("changes, words", [
     (dict(anchor="none", mix="", anchor_norm="", dynamic=True), "dynamic=True.*anchor='none'"),
-    (dict(gate=False), "mix='qkvg'.*gate=False"), (dict(n_embd=33), "n_embd=33.*n_head=4"), (dict(n_embd=36), "head_dim=9.*odd"),
-    (dict(mix="qx"), "mix='qx'"), (dict(anchor_norm="qq"), "anchor_norm='qq'"), (dict(mix="v"), "anchor_norm='qkvg'.*mix='v'"),
-    (dict(granularity="layer"), "granularity='layer'.*scalar, headwise, elementwise"), (dict(anchor="outer"), "anchor='outer'"),
+    (dict(gate=False), "mix='qkvg'.*gate=False"), (dict(n_embd=33), "n_embd=33.*n_head=4"),
+    (dict(n_embd=36), "head_dim=9.*odd"), (dict(mix="qx"), "mix='qx'"), (dict(anchor_norm="qq"), "anchor_norm='qq'"),
+    (dict(mix="v"), "anchor_norm='qkvg'.*mix='v'"), (dict(anchor="outer"), "anchor='outer'"),
+    (dict(granularity="layer"), "granularity='layer'.*scalar, headwise, elementwise"),
     (dict(anchor="none"), "mix='qkvg'.*anchor='none'"), (dict(mix="", anchor_norm=""), "anchor='exogenous'.*mix=''"),
     (dict(n_layer=0), "n_layer=0"), (dict(norm_position="mid"), "norm_position='mid'"), (dict(ffn_dim=7), "ffn_dim=7")])
 def test_illegal_configurations_name_field_and_value(changes, words):
@@ -409,7 +424,8 @@ def test_generate_is_greedy_at_temperature_0_and_slides_past_block_size():
     for t in range(5, 19):
         expected = model(out[:, max(0, t - 12):t])[:, -1].argmax(-1)
         assert torch.equal(out[:, t], expected)
-    assert torch.equal(generate(model, tokens(1, 20), 1, temperature=0)[:, -1], model(tokens(1, 20)[:, -12:])[:, -1].argmax(-1))
+    expected = model(tokens(1, 20)[:, -12:])[:, -1].argmax(-1)
+    assert torch.equal(generate(model, tokens(1, 20), 1, temperature=0)[:, -1], expected)
 
 
 def test_generate_stops_fills_and_repeats_with_its_seed():
@@ -439,7 +455,8 @@ def test_bfloat16_autocast_keeps_streams_in_bfloat16_and_parameters_in_float32()
     with torch.autocast("cpu", torch.bfloat16):
         cross_entropy, z = model.loss(tokens(2, 8), tokens(2, 8))
     assert cross_entropy.dtype == z.dtype == torch.float32
-    for name in ("layers.1", "layers.1.attn.mix.q", "layers.1.attn.mix.g", "layers.1.attn.q_norm", "anchor.norms.v", "final_norm"):
+    for name in ("layers.1", "layers.1.attn.mix.q", "layers.1.attn.mix.g", "layers.1.attn.q_norm", "anchor.norms.v",
+                 "final_norm"):
         assert seen[name].dtype == torch.bfloat16, name
     assert all(p.dtype == torch.float32 for p in model.parameters())
     full = model.loss(tokens(2, 8), tokens(2, 8))[0]
@@ -479,16 +496,18 @@ class Attack:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "flipped bit", "text", "malicious", "unknown setting"])
+@pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "flipped bit", "text", "malicious",
+                                   "unknown setting"])
 def test_damaged_checkpoints_are_refused_in_one_line(fault, tmp_path):
     path, witness = tmp_path / "c.pt", tmp_path / "witness"
     saved(tiny("exo"), path)
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 16
-    {"missing": path.unlink, "empty": lambda: path.write_bytes(b""), "truncated": lambda: path.write_bytes(path.read_bytes()[:-700]),
-     "flipped bit": lambda: path.write_bytes(whole), "text": lambda: path.write_text("hello"),
-     "malicious": lambda: torch.save(dict(model=Attack(witness)), path),
-     "unknown setting": lambda: saved(tiny("exo"), path) and torch.save({**torch.load(path, weights_only=True), "model_config": dict(n_lair=3)}, path)}[fault]()
+    strange = {**torch.load(path, weights_only=True), "model_config": dict(n_lair=3)}
+    {"missing": path.unlink, "empty": lambda: path.write_bytes(b""),
+     "truncated": lambda: path.write_bytes(path.read_bytes()[:-700]), "text": lambda: path.write_text("hello"),
+     "flipped bit": lambda: path.write_bytes(whole), "unknown setting": lambda: torch.save(strange, path),
+     "malicious": lambda: torch.save(dict(model=Attack(witness)), path)}[fault]()
     with pytest.raises(ConfigError) as error:
         load_checkpoint(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value) and not witness.exists()
@@ -554,9 +573,10 @@ def test_polar_express_keeps_singular_vectors_and_maps_singular_values(shape):
     G = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     expected = composed(S / (torch.linalg.matrix_norm(G)[:, None] * 1.02 + 1e-6))
-    torch.testing.assert_close(U.mT @ muon.polar_express(G, torch.float64) @ Vh.mT, torch.diag_embed(expected), atol=1e-9, rtol=0)
-    rounded = U.mT @ muon.polar_express(G).double() @ Vh.mT - torch.diag_embed(expected)
-    assert torch.linalg.matrix_norm(rounded).max() < 0.05 * torch.linalg.vector_norm(expected, dim=-1).min()      # bfloat16
+    mapped = U.mT @ muon.polar_express(G, torch.float64) @ Vh.mT
+    torch.testing.assert_close(mapped, torch.diag_embed(expected), atol=1e-9, rtol=0)
+    rounded = U.mT @ muon.polar_express(G).double() @ Vh.mT - torch.diag_embed(expected)                  # bfloat16
+    assert torch.linalg.matrix_norm(rounded).max() < 0.05 * torch.linalg.vector_norm(expected, dim=-1).min()
 
 
 @pytest.mark.parametrize("key", OPTIM["traj"])
@@ -564,10 +584,11 @@ def test_muon_follows_the_released_optimizer_for_20_steps(key):
     """float32 weights. Their bfloat16 rounding differs, so trajectories part by the error of one orthogonalisation; a
     cautious decay flips on entries near zero, which is worth lr * decay * weight = 2.5 % of an entry."""
     setting, recipe = dict(part.split("=") for part in key.split(",")), OPTIM["muon"]
+    beta2 = None if setting["beta2"] == "None" else float(setting["beta2"])
     for name, problem in OPTIM["quadratic"].items():
         w = torch.nn.Parameter(problem["W0"].clone())
         optimizer = muon.Muon([w], lr=recipe["lr"], weight_decay=recipe["weight_decay"], momentum=recipe["momentum"],
-                              cautious=setting["cautious"] == "True", beta2=None if setting["beta2"] == "None" else float(setting["beta2"]))
+                              cautious=setting["cautious"] == "True", beta2=beta2)
         for _ in range(20):
             w.grad = problem["H"] * (w.detach() - problem["T"])
             optimizer.step()
@@ -605,7 +626,7 @@ def test_muon_batches_and_splits_without_changing_a_matrix():
 
 
 def test_muon_decay_of_small_weights_survives_float32_and_dies_in_bfloat16():
-    """Why the weights are float32 (README): decay 0.1 x rate 0.01 is below half a unit in the last place of bfloat16."""
+    """Why weights are float32 (README): decay 0.1 x rate 0.01 is below half a unit in the last place of bfloat16."""
     w, g = torch.rand(16, 16) + 0.5, torch.zeros(16, 16)
     assert torch.allclose(one_muon_step([g], [w], lr=0.01, weight_decay=0.1)[0], w * (1 - 1e-3))
     assert torch.equal(one_muon_step([g.bfloat16()], [w.bfloat16()], lr=0.01, weight_decay=0.1)[0], w.bfloat16())
@@ -618,7 +639,8 @@ def test_learning_rate_and_momentum_follow_table_4():
     ours = [T.lr_multiplier(step, paper) for step in schedule["paper_steps"]]
     np.testing.assert_allclose(ours, schedule["paper_linear_mult"], rtol=0, atol=1e-12)
     ramp = T.TrainConfig(muon_ramp=True)
-    np.testing.assert_allclose([T.muon_momentum(step, ramp) for step in schedule["momentum_steps"]], schedule["momentum"], atol=1e-12)
+    momentum = [T.muon_momentum(step, ramp) for step in schedule["momentum_steps"]]
+    np.testing.assert_allclose(momentum, schedule["momentum"], atol=1e-12)
     assert T.muon_momentum(5, paper) == 0.95
     assert max(T.lr_multiplier(step, paper) for step in range(0, 38147, 7)) == 1.0
 
@@ -627,13 +649,14 @@ def test_learning_rate_and_momentum_follow_table_4():
 
 import prepare_fineweb as P
 
-SMALL = """--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --ffn_dim=64 --block_size=32 --batch_size=2 --total_batch_size=128 --max_steps=12
-    --warmup_steps=2 --eval_every=4 --eval_tokens=160 --final_eval_tokens=160 --save_every=4 --keep=9 --compile=false --sample_tokens=8""".split()
+SMALL = """--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --ffn_dim=64 --block_size=32 --batch_size=2
+    --total_batch_size=128 --max_steps=12 --warmup_steps=2 --eval_every=4 --eval_tokens=160 --final_eval_tokens=160
+    --save_every=4 --keep=9 --compile=false --sample_tokens=8""".split()
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A folder of byte-level shards: two for training of 40 windows in all, one for validation, documents of 50 to 90 bytes."""
+    """A folder of byte-level shards: two for training (41 windows), one for validation; a document is 70 tokens."""
     folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
     for name, length in (("t_train_000000.bin", 900), ("t_train_000001.bin", 420), ("t_val_000000.bin", 170)):
         ids = rng.integers(97, 123, length)
@@ -654,7 +677,8 @@ class NeverStop:
 
 def train_fully(folder, data, *flags, stop_after=None):
     """Run to the end, or as if stopped after a step. Returns the trainer; the folder's lock is released."""
-    trainer, run_folder = start(folder, data, *flags) if "--resume" not in flags else T.prepare([f"--out_dir={folder}", *flags])
+    resuming = "--resume" in flags
+    trainer, run_folder = T.prepare([f"--out_dir={folder}", *flags]) if resuming else start(folder, data, *flags)
     stop = NeverStop()
     update = trainer.update
 
@@ -700,10 +724,11 @@ def test_a_token_outside_the_vocabulary_names_its_shard(data):
 
 
 @pytest.mark.parametrize("variant, flags", [
-    ("base", []), ("nuresformer", ["--mask_documents=false"]), ("exo_dynamic", []), ("exo_dynamic", ["--muon_ramp", "--muon_beta2=0.95"]),
-    ("exo", ["--optimizer=adamw"]), ("gated", ["--dtype=bfloat16"]), ("exo_dynamic", ["--dtype=pure_bfloat16"])])
+    ("base", []), ("nuresformer", ["--mask_documents=false"]), ("exo_dynamic", []),
+    ("exo_dynamic", ["--muon_ramp", "--muon_beta2=0.95"]), ("exo", ["--optimizer=adamw"]),
+    ("gated", ["--dtype=bfloat16"]), ("exo_dynamic", ["--dtype=pure_bfloat16"])])
 def test_resume_is_bitwise(variant, flags, data, tmp_path):
-    """12 steps = 5 steps, a stop, 7 more: weights, optimizer states, log. Step 10.25 ends the first epoch of the data."""
+    """12 steps = 5 steps, a stop, 7 more: weights, optimizer states, log. The first epoch ends within step 11."""
     flags = [f"--variant={variant}", *flags]
     whole = train_fully(tmp_path / "a", data, *flags)
     train_fully(tmp_path / "b", data, *flags, stop_after=5)
@@ -717,7 +742,8 @@ def test_resume_is_bitwise(variant, flags, data, tmp_path):
 @pytest.mark.slow
 def test_resume_is_bitwise_compiled_and_at_the_edge_of_an_epoch(data, tmp_path):
     """block_size 31 makes 42 windows, so that step 14 of 3 x 31 tokens begins an epoch anew."""
-    flags = ["--variant=exo_dynamic", "--compile=true", "--n_layer=1", "--block_size=31", "--batch_size=1", "--total_batch_size=93", "--max_steps=16"]
+    flags = ["--variant=exo_dynamic", "--compile=true", "--n_layer=1", "--block_size=31", "--batch_size=1",
+             "--total_batch_size=93", "--max_steps=16"]
     whole = train_fully(tmp_path / "a", data, *flags)
     assert len(whole.train) == 42
     train_fully(tmp_path / "b", data, *flags, stop_after=14)
@@ -726,12 +752,14 @@ def test_resume_is_bitwise_compiled_and_at_the_edge_of_an_epoch(data, tmp_path):
 
 
 def test_same_seed_same_run_other_seed_another(data, tmp_path):
-    a, b, c = (train_fully(tmp_path / name, data, f"--seed={seed}", "--max_steps=3") for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    a, b, c = (train_fully(tmp_path / name, data, f"--seed={seed}", "--max_steps=3")
+               for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert same_state(a, b) == [] and same_state(a, c) != []
 
 
 def test_accumulation_computes_the_same_step(data, tmp_path):
-    a, b = (train_fully(tmp_path / name, data, f"--batch_size={n}", "--max_steps=2", "--optimizer=adamw") for name, n in (("a", 4), ("b", 1)))
+    a, b = (train_fully(tmp_path / name, data, f"--batch_size={n}", "--max_steps=2", "--optimizer=adamw")
+            for name, n in (("a", 4), ("b", 1)))
     for p, q in zip(a.model.parameters(), b.model.parameters()):
         torch.testing.assert_close(p, q, atol=2e-4, rtol=0)
     assert abs(log_of(tmp_path / "a")[1]["loss"] - log_of(tmp_path / "b")[1]["loss"]) < 1e-5
@@ -753,7 +781,8 @@ def test_evaluation_is_the_mean_over_all_windows_and_counts_bytes(data, tmp_path
         losses.append(trainer.model.loss(window[:, :-1], window[:, 1:], (window[:, :-1] == 256).cumsum(1))[0].item())
         n_bytes += sum(int(t) != 256 for t in window[0, 1:])
     assert len(trainer.val) == 5 and abs(result["val_loss"] - np.mean(losses)) < 1e-5
-    assert abs(result["val_bpb"] - sum(losses) * 32 / math.log(2) / n_bytes) < 1e-4 and result["val_ppl"] == math.exp(result["val_loss"])
+    assert abs(result["val_bpb"] - sum(losses) * 32 / math.log(2) / n_bytes) < 1e-4
+    assert result["val_ppl"] == math.exp(result["val_loss"])
 
 
 def newest_of(folder):
@@ -771,8 +800,9 @@ def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, data, tmp_path,
     path, witness = tmp_path / "a" / "ckpt_000012.pt", tmp_path / "witness"
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 3] ^= 1
-    {"truncated": lambda: path.write_bytes(whole[:-900]), "flipped bit": lambda: path.write_bytes(whole), "zero length": lambda: path.write_bytes(b""),
-     "malicious pickle": lambda: torch.save(Attack(witness), path), "of another program": lambda: torch.save(dict(weights=torch.zeros(3)), path)}[fault]()
+    {"truncated": lambda: path.write_bytes(whole[:-900]), "flipped bit": lambda: path.write_bytes(whole),
+     "zero length": lambda: path.write_bytes(b""), "malicious pickle": lambda: torch.save(Attack(witness), path),
+     "of another program": lambda: torch.save(dict(weights=torch.zeros(3)), path)}[fault]()
     assert newest_of(tmp_path / "a") == "ckpt_000008.pt"
     assert "skipped" in capsys.readouterr().out and not witness.exists()
     resumed = train_fully(tmp_path / "a", data, "--resume")
@@ -780,8 +810,9 @@ def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, data, tmp_path,
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--variant=base"], "--gate=False.*gate=True"), (["--n_embd=64"], "--n_embd=64.*n_embd=32"), (["--seed=5"], "--seed=5.*seed=1337"),
-    (["--data=elsewhere"], "--data=elsewhere.*data=.*shards"), (["--total_batch_size=64"], "--total_batch_size=64.*total_batch_size=128"),
+    (["--variant=base"], "--gate=False.*gate=True"), (["--n_embd=64"], "--n_embd=64.*n_embd=32"),
+    (["--seed=5"], "--seed=5.*seed=1337"), (["--data=elsewhere"], "--data=elsewhere.*data=.*shards"),
+    (["--total_batch_size=64"], "--total_batch_size=64.*total_batch_size=128"),
     (["--optimizer=adamw"], "--optimizer=adamw.*optimizer=muon")])
 def test_resume_refuses_another_run(flags, words, data, tmp_path):
     train_fully(tmp_path / "a", data, "--max_steps=2")
@@ -814,7 +845,8 @@ def test_a_folder_is_for_one_run_at_a_time(data, tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(data, tmp_path):
     train_fully(tmp_path / "a", data, "--keep=2", "--save_every=3")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["ckpt_000009.pt", "ckpt_000012.pt", "lock", "log.jsonl"]
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == ["ckpt_000009.pt", "ckpt_000012.pt", "lock", "log.jsonl"]
 
 
 @pytest.mark.parametrize("where, row", [("embed.weight", 100), ("layers.1.mlp.up.weight", 60)])
@@ -850,8 +882,9 @@ def test_max_minutes_stops_saved_and_resumable(data, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--variant=exo_dynamc"], "did you mean exo_dynamic"), (["--vairant=exo"], "did you mean --variant"), (["--preset=papr"], "did you mean paper"),
-    (["--n_layer=two"], "invalid int value: 'two'"), (["--gate=maybe"], "'maybe' is neither true nor false"), (["--max_steps"], "expected one argument")])
+    (["--variant=exo_dynamc"], "did you mean exo_dynamic"), (["--vairant=exo"], "did you mean --variant"),
+    (["--preset=papr"], "did you mean paper"), (["--n_layer=two"], "invalid int value: 'two'"),
+    (["--gate=maybe"], "'maybe' is neither true nor false"), (["--max_steps"], "expected one argument")])
 def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, words, capsys):
     with pytest.raises(SystemExit) as error:
         T.parse_flags(flags)
@@ -870,9 +903,12 @@ def test_every_setting_is_a_flag_with_help(capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"), (["--device=cuda"], "no CUDA device"), (["--batch_size=0"], "--batch_size=0"),
-    (["--dtype=float16"], "--dtype=float16 must be one of"), (["--n_head=3"], "n_embd=32 is not a multiple of n_head=3"), (["--block_size=5000", "--total_batch_size=10000"], "lower --block_size"),
-    (["--data=nowhere"], "nowhere.*--input=FILES --out=nowhere"), (["--preset=paper", "--data="], "python prepare_fineweb.py")])
+    (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"), (["--device=cuda"], "no CUDA device"),
+    (["--batch_size=0"], "--batch_size=0"), (["--dtype=float16"], "--dtype=float16 must be one of"),
+    (["--n_head=3"], "n_embd=32 is not a multiple of n_head=3"),
+    (["--block_size=5000", "--total_batch_size=10000"], "lower --block_size"),
+    (["--data=nowhere"], "nowhere.*--input=FILES --out=nowhere"),
+    (["--preset=paper", "--data="], "python prepare_fineweb.py")])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="expects a machine without CUDA")
 def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -884,8 +920,8 @@ def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_pa
 def launch(folder, *flags, **kwargs):
     """train.py as a user starts it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
-    return subprocess.Popen([sys.executable, str(HERE / "train.py"), *SMALL, f"--out_dir={folder}", *flags], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+    command = [sys.executable, str(HERE / "train.py"), *SMALL, f"--out_dir={folder}", *flags]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
 def wait_for(condition, seconds=60):
@@ -903,9 +939,11 @@ def test_a_signal_saves_tells_how_to_go_on_and_exits_with_its_code(number, data,
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     step = int(newest_of(folder)[5:-3])
-    assert process.returncode == 128 + number and f"python train.py --resume --out_dir={folder}" in out and "Traceback" not in err
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert f"python train.py --resume --out_dir={folder}" in out
     assert log_of(folder)[-1]["step"] == step
-    whole = train_fully(tmp_path / "b", data, "--max_steps=100000", "--eval_every=0", "--save_every=0", stop_after=step + 2)
+    flags = ["--max_steps=100000", "--eval_every=0", "--save_every=0"]
+    whole = train_fully(tmp_path / "b", data, *flags, stop_after=step + 2)
     resumed = train_fully(folder, data, "--resume", stop_after=step + 2)
     assert same_state(whole, resumed) == []
 
@@ -925,7 +963,8 @@ def test_a_storm_of_kills_loses_nothing(data, tmp_path):
         time.sleep(float(rng.uniform(0, 1.0)))
         process.kill()
         process.communicate()
-    resumed = train_fully(folder, data, "--resume") if any(folder.glob("ckpt_*.pt")) else train_fully(tmp_path / "c", data, *flags)
+    saved_once = any(folder.glob("ckpt_*.pt"))
+    resumed = train_fully(folder, data, "--resume") if saved_once else train_fully(tmp_path / "c", data, *flags)
     whole = train_fully(tmp_path / "b", data, *flags)
     assert same_state(whole, resumed) == []
 
@@ -938,4 +977,92 @@ def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_pat
     process = launch(tmp_path / "a", f"--data={data}", preexec_fn=limit)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1 and out.count("COULD NOT SAVE") == 3 and "Traceback" not in err
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["lock", "log.jsonl"] and len(log_of(tmp_path / "a")) == 13
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["lock", "log.jsonl"]
+    assert len(log_of(tmp_path / "a")) == 13
+
+
+# ------------------------------------------------------------------------------------------------------ many processes
+
+def launch_ranks(n, folder, *flags, **kwargs):
+    """torchrun with n processes on this machine, SMALL settings, a float32 Polar Express iteration unless flags say else."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={port}",
+               str(HERE / "train.py"), f"--out_dir={folder}", *flags]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, **kwargs)
+
+
+def run_ranks(n, folder, *flags):
+    process = launch_ranks(n, folder, *flags)
+    out = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, out
+    return out
+
+
+def weights(folder, step):
+    return M.read_checkpoint(folder / f"ckpt_{step:06d}.pt")["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["base", "exo_dynamic"])
+def test_one_two_and_three_processes_are_the_same_run(variant, data, tmp_path):
+    """6 sequences a step in 6, 3 and 2 passes a process. Sums are ordered differently, so not bit for bit."""
+    flags = [*SMALL, f"--data={data}", f"--variant={variant}", "--batch_size=1", "--total_batch_size=192", "--max_steps=20",
+             "--muon_dtype=float32", "--eval_every=10"]
+    for n in (1, 2, 3):
+        run_ranks(n, tmp_path / str(n), *flags)
+    one, two, three = (log_of(tmp_path / str(n)) for n in (1, 2, 3))
+    for a, b, c in zip(one, two, three, strict=True):
+        for key in ("loss", "val_loss"):
+            assert abs(a.get(key, 0) - b.get(key, 0)) < 1e-5 and abs(a.get(key, 0) - c.get(key, 0)) < 1e-5
+    for n in (2, 3):
+        for (name, p), q in zip(weights(tmp_path / "1", 20).items(), weights(tmp_path / str(n), 20).values()):
+            torch.testing.assert_close(p, q, atol=2e-4, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_two_accumulations_bit_for_bit(data, tmp_path):
+    """Halving is exact, so the sharpest check there is; and two runs of two processes are one run, resumed alone too."""
+    flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=8"]
+    run_ranks(1, tmp_path / "one", *flags)
+    run_ranks(2, tmp_path / "two", *flags)
+    for folder in ("one", "two"):
+        assert "val_loss" in log_of(tmp_path / folder)[-1]
+    one, two = weights(tmp_path / "one", 8), weights(tmp_path / "two", 8)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    (tmp_path / "two" / "ckpt_000008.pt").unlink()
+    run_ranks(1, tmp_path / "two", "--resume")
+    resumed = weights(tmp_path / "two", 8)
+    assert [name for name in one if not torch.equal(one[name], resumed[name])] == []
+    assert [record["step"] for record in log_of(tmp_path / "two")] == list(range(9))
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_job_and_the_run_resumes(data, tmp_path):
+    folder = tmp_path / "a"
+    flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=100000", "--eval_every=0", "--save_every=5"]
+    process = launch_ranks(2, folder, *flags)
+    wait_for(lambda: folder.exists() and len(list(folder.glob("ckpt_*.pt"))) > 1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    process.communicate(timeout=90)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    step = int(newest_of(folder)[5:-3])
+    run_ranks(1, folder, "--resume", f"--max_steps={step + 2}")
+    assert newest_of(folder) == f"ckpt_{step + 2:06d}.pt"
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_once(data, tmp_path):
+    folder = tmp_path / "a"
+    flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=100000", "--eval_every=0", "--save_every=0"]
+    process = launch_ranks(2, folder, *flags)
+    wait_for(lambda: (folder / "log.jsonl").exists() and len(open(folder / "log.jsonl").readlines()) > 3)
+    process.terminate()
+    out = process.communicate(timeout=90)[0]
+    names = [path.name for path in folder.glob("ckpt_*.pt")]
+    assert len(names) == 1 and out.count("stopped by SIGTERM") == 1 and process.returncode != 0
+    assert log_of(folder)[-1]["step"] == int(names[0][5:-3])

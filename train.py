@@ -1,15 +1,15 @@
 """
 Train any variant of ExoFormer, on one GPU, several (torchrun) or a CPU.
 
-    python train.py                                  what this machine can do: a CPU learns Python from Python in 2 minutes
-    python train.py --variant=exo_dynamic            on an H100 with the FineWeb shards: the paper's run (Table 4)
-    python train.py --preset=small --data=DIR        GPT-2-small size, one consumer GPU
-    python train.py --resume --out_dir=DIR           go on where a run stopped, bit for bit
-    torchrun --nproc_per_node=8 train.py ...         the same run on eight GPUs
+    python train.py                              what this machine can do: a CPU learns Python from Python in 2 minutes
+    python train.py --variant=exo_dynamic        on an H100 with the FineWeb shards: the paper's run (Table 4)
+    python train.py --preset=small --data=DIR    GPT-2-small size, one consumer GPU
+    python train.py --resume --out_dir=DIR       go on where a run stopped, bit for bit
+    torchrun --nproc_per_node=8 train.py ...     the same run on eight GPUs
 
 Settings come from, each overriding the one before: the defaults below (the paper's recipe), the variant's row of
-Table 3, the preset, the flags. Nothing here is random but the initial weights: which tokens step s reads is a function of
-(seed, s), and so are learning rate and momentum. That is why a resumed run needs no state but the tensors.
+Table 3, the preset, the flags. Nothing here is random but the initial weights: which tokens step s reads is a function
+of (seed, s), learning rate and momentum are functions of s. So a resumed run needs no state but the tensors.
 """
 import argparse
 import contextlib
@@ -37,7 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from model import (VARIANTS, ConfigError, ExoFormer, Linear, ModelConfig, count_parameters, flops_per_token, generate,
                    read_checkpoint, save_checkpoint, setting)
 from muon import Muon, polar_express
-from prepare_fineweb import InputError, find_shards, get_tokenizer, read_meta, read_window, shard_tokens, write_default_shards
+from prepare_fineweb import (InputError, find_shards, get_tokenizer, read_meta, read_window, shard_tokens,
+                             write_default_shards)
 
 FINEWEB, DEFAULT_DATA = "data/fineweb_edu10B", "data/python_stdlib"
 
@@ -49,25 +50,30 @@ class TrainConfig:
     """The recipe. Defaults are the paper's (Table 4), but where the README says otherwise."""
     data: str = setting("", "folder of token shards; empty means FineWeb-Edu if it is there, else Python's own sources")
     out_dir: str = setting("", "run folder: log.jsonl and checkpoints; empty means out/PRESET-VARIANT")
-    resume: bool = setting(False, "continue the newest whole checkpoint in out_dir; flags not given keep their old value")
+    resume: bool = setting(False, "continue the newest whole checkpoint in out_dir; flags not given keep their "
+                                  "old value")
     device: str = setting("auto", "cuda, mps or cpu; auto takes the first there is")
     dtype: str = setting("auto", "float32; bfloat16: float32 weights, bfloat16 compute; pure_bfloat16: as the released "
                                  "code, no float32 copy; auto: bfloat16 on cuda, else float32")
-    compile: str = setting("auto", "true or false: torch.compile; auto: on cuda, and on a CPU where the run is long enough")
+    compile: str = setting("auto", "true or false: torch.compile; auto: on cuda, and on a CPU where the run is long "
+                                   "enough")
     deterministic: str = setting("auto", "true or false: deterministic algorithms only; auto: on a CPU")
     seed: int = setting(1337, "of the initial weights and the order of the data")
     max_steps: int = setting(38147, "optimizer steps")
-    max_minutes: float = setting(0.0, "stop after the step that passes this many minutes, saved and resumable; 0: never")
+    max_minutes: float = setting(0.0, "stop after the step that passes this many minutes, saved and resumable; "
+                                      "0: never")
     batch_size: int = setting(16, "sequences per forward pass and device")
     total_batch_size: int = setting(262144, "tokens per optimizer step, over all forward passes and devices")
     mask_documents: bool = setting(True, "attention does not cross documents")
     optimizer: str = setting("muon", "for the matrices of layers and anchors: muon or adamw")
     muon_lr: float = setting(0.01, "peak learning rate of Muon")
     muon_momentum: float = setting(0.95, "momentum of Muon")
-    muon_ramp: bool = setting(False, "as the released code: momentum from 0.85 over the first 100 steps, back at the end")
+    muon_ramp: bool = setting(False, "as the released code: momentum from 0.85 over the first 100 steps, back at "
+                                      "the end")
     muon_beta2: float = setting(0.0, "second moment of NorMuon (released code: 0.95); 0: none, as the paper")
     muon_dtype: str = setting("bfloat16", "of the Polar Express iteration: bfloat16 (the paper) or float32")
-    muon_fused: bool = setting(False, "as the released code: orthogonalise fused Q,K,V,G and SwiGLU weights as one matrix")
+    muon_fused: bool = setting(False, "as the released code: orthogonalise fused Q,K,V,G and SwiGLU weights as "
+                                      "one matrix")
     adamw_lr: float = setting(0.003, "peak learning rate of AdamW")
     weight_decay: float = setting(0.1, "decoupled; cautious in Muon; on matrices only")
     warmup_steps: int = setting(1000, "linear warm-up to the peak")
@@ -93,7 +99,8 @@ class TrainConfig:
         """Every rule the settings must keep, as (is broken, what to say)."""
         value = vars(self)
         choices = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16", "pure_bfloat16"),
-                       compile=("auto", "true", "false"), deterministic=("auto", "true", "false"), optimizer=("muon", "adamw"), muon_dtype=("bfloat16", "float32"))
+                       compile=("auto", "true", "false"), deterministic=("auto", "true", "false"),
+                       optimizer=("muon", "adamw"), muon_dtype=("bfloat16", "float32"))
         for name, allowed in choices.items():
             yield value[name] not in allowed, f"--{name}={value[name]} must be one of {', '.join(allowed)}"
         for name in ("max_steps", "batch_size", "total_batch_size", "keep", "log_every"):
@@ -115,9 +122,9 @@ PRESETS = {  # fields of ModelConfig and TrainConfig that differ from the paper'
                   save_every=100, log_every=20),
 }
 
-MAY_CHANGE_ON_RESUME = set("""out_dir resume device compile deterministic max_steps max_minutes batch_size muon_lr adamw_lr
-    warmup_steps decay_fraction final_lr eval_every eval_tokens final_eval_tokens hellaswag_every save_every keep log_every
-    sample_tokens""".split())
+MAY_CHANGE_ON_RESUME = set("""out_dir resume device compile deterministic max_steps max_minutes batch_size muon_lr
+    adamw_lr warmup_steps decay_fraction final_lr eval_every eval_tokens final_eval_tokens hellaswag_every save_every
+    keep log_every sample_tokens""".split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,36 +142,41 @@ def one_of(names):
     def check(text):
         if text not in names:
             near = difflib.get_close_matches(text, names, 1)
-            raise argparse.ArgumentTypeError(f"unknown {text!r}, " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"))
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+            raise argparse.ArgumentTypeError(f"unknown {text!r}, {hint}")
         return text
     return check
 
 
 def true_or_false(text):
+    """An argparse type for switches."""
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1", "yes")
 
 
 def float_or_none(text):
+    """An argparse type for a number that may be left to the code."""
     return None if text.lower() == "none" else float(text)
 
 
 def parse_flags(argv):
     """(variant or None, preset or None, {flag: value} of the flags that were given)."""
-    parser = Parser(prog="train.py", description="Train a variant of ExoFormer.", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(prog="train.py", description="Train a variant of ExoFormer.", allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     parser.add_argument("--variant", type=one_of(list(VARIANTS)), default=None, metavar="NAME",
                         help=f"row of Table 3 (default: exo_dynamic): {', '.join(VARIANTS)}")
     parser.add_argument("--preset", type=one_of(list(PRESETS)), default=None, metavar="NAME",
-                        help="paper, small or smoke (default: paper where there are a CUDA device and the FineWeb shards, else smoke)")
+                        help="paper, small or smoke (default: paper where there are a CUDA device and the FineWeb "
+                             "shards, else smoke)")
     for config in (TrainConfig, ModelConfig):
         group = parser.add_argument_group(config.__name__)
         for f in (f for f in fields(config) if f.name != "tokenizer"):            # the data decide the tokenizer
             parse = {bool: true_or_false, int: int, float: float, str: str}.get(f.type, float_or_none)
             extra = dict(nargs="?", const=True) if f.type is bool else {}
-            default = str(f.default).lower() if f.type is bool else f.default
-            group.add_argument(f"--{f.name}", type=parse, help=f"{f.metadata['help']} (default: {default or repr('')})".replace("%", "%%"),
-                               metavar=f.name.split("_")[-1].upper(), **extra)
+            default = str(f.default).lower() if f.type is bool else "''" if f.default == "" else f.default
+            text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+            group.add_argument(f"--{f.name}", type=parse, help=text, metavar=f.name.split("_")[-1].upper(), **extra)
     given = vars(parser.parse_args(argv))
     return given.pop("variant"), given.pop("preset"), given
 
@@ -188,7 +200,13 @@ def fresh_settings(variant, preset, given):
     settings["tokenizer"] = read_meta(settings["data"])["tokenizer"]
     if preset != "paper" and "vocab_size" not in given:
         settings["vocab_size"] = 64 * math.ceil(get_tokenizer(settings["tokenizer"]).n_vocab / 64)
-    return pick(ModelConfig, settings), resolve(pick(TrainConfig, settings), pick(ModelConfig, settings))
+    return both_configs(settings)
+
+
+def both_configs(settings):
+    """(ModelConfig, TrainConfig) from a dict with the fields of both."""
+    model_config = pick(ModelConfig, settings)
+    return model_config, resolve(pick(TrainConfig, settings), model_config)
 
 
 def choose_data(preset, have_fineweb):
@@ -196,9 +214,11 @@ def choose_data(preset, have_fineweb):
     if preset != "smoke" and have_fineweb:
         return FINEWEB
     if preset == "paper":
-        raise InputError(f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB}; get them with: python prepare_fineweb.py")
-    say("=" * 100 + f"\nNO --data: training on the source code of Python's standard library, byte by byte ({DEFAULT_DATA}).\n"
-        "For real text: python prepare_fineweb.py, or python prepare_fineweb.py --input=FILES --out=DIR and --data=DIR\n" + "=" * 100)
+        raise InputError(f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB}; get them with: "
+                         "python prepare_fineweb.py")
+    rule = "=" * 100
+    say(f"{rule}\nNO --data: training on the source code of Python's standard library, byte by byte ({DEFAULT_DATA}).\n"
+        "For real text: python prepare_fineweb.py, or its --input=FILES --out=DIR and then --data=DIR here\n" + rule)
     write_default_shards(DEFAULT_DATA)
     return DEFAULT_DATA
 
@@ -210,18 +230,23 @@ def resolve(config, model_config):
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device=cuda, but this machine has no CUDA device that torch can use")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("--device=mps, but this machine has none that torch can use")
+        raise ConfigError("--device=mps, but this machine has no MPS device that torch can use")
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(config.dtype, config.dtype)
     deterministic = {"auto": str(device == "cpu").lower()}.get(config.deterministic, config.deterministic)
     config = replace(config, device=device, dtype=dtype, deterministic=deterministic)
     return replace(config, compile=decide_compile(config, model_config))
 
 
+COMPILE_PAYS_ON_CPU = 2e13      # training FLOPs per layer above which compiling ended a run sooner on 2 cores (README)
+
+
 def decide_compile(config, model_config):
     """ "true" or "false". On a CPU compiling pays once the run is long; where no compiler exists, a line says so."""
     with torch.device("meta"):
-        flops = flops_per_token(ExoFormer(model_config), model_config.block_size) * config.max_steps * config.total_batch_size
-    worth_it = config.device == "cuda" or (config.device == "cpu" and flops > COMPILE_PAYS_ON_CPU * model_config.n_layer)
+        per_token = flops_per_token(ExoFormer(model_config), model_config.block_size)
+    flops = per_token * config.max_steps * config.total_batch_size
+    long_enough = flops > COMPILE_PAYS_ON_CPU * model_config.n_layer
+    worth_it = config.device == "cuda" or (config.device == "cpu" and long_enough)
     wanted = {"auto": worth_it}.get(config.compile, config.compile == "true")
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or shutil.which("cl")
     if wanted and (not compiler or (config.device == "cuda" and importlib.util.find_spec("triton") is None)):
@@ -230,25 +255,23 @@ def decide_compile(config, model_config):
     return str(wanted).lower()
 
 
-COMPILE_PAYS_ON_CPU = 2e13      # training FLOPs per layer above which compiling ended a run sooner on 2 cores (README)
-
-
 def resumed_settings(variant, given, checkpoint):
-    """(ModelConfig, TrainConfig) of a checkpoint with the flags given now. ConfigError for a change that is another run."""
+    """(ModelConfig, TrainConfig) of a checkpoint and the flags given now. ConfigError where they make another run."""
     old = {**checkpoint["train_config"], **checkpoint["model_config"]}
     axes = {name: value for name, value in VARIANTS.get(variant, {}).items() if name != "n_layer"}
     asked = {**axes, **given}
-    changed = {name: value for name, value in asked.items() if old[name] != value and name not in ("out_dir", "resume")}
+    changed = {name: value for name, value in asked.items()
+               if old[name] != value and name not in ("out_dir", "resume")}
     for name, value in changed.items():
         if name not in MAY_CHANGE_ON_RESUME:
             raise ConfigError(f"--{name}={value} does not fit the run to resume, which has {name}={old[name]}; "
                               "drop the flag, or start anew in another --out_dir")
-        say(f"changed on resuming: {name} from {old[name]} to {value}; what follows is no longer bit for bit the old run")
+        say(f"changed on resuming: {name} from {old[name]} to {value}; what follows may differ from the old run")
     settings = {**old, **changed, "out_dir": given["out_dir"], "resume": True}
-    return pick(ModelConfig, settings), resolve(pick(TrainConfig, settings), pick(ModelConfig, settings))
+    return both_configs(settings)
 
 
-# --------------------------------------------------------------------------------------------------- 2 functions of step
+# -------------------------------------------------------------------------------------------------- 2 functions of step
 
 def lr_multiplier(step, config):
     """Learning rate of `step` (0-based) as a share of the peak: linear warm-up, constant, linear fall (Table 4)."""
@@ -258,9 +281,11 @@ def lr_multiplier(step, config):
 
 
 def muon_momentum(step, config):
-    """Muon's momentum at `step`; with muon_ramp, the released code's 0.85 -> peak over 100 steps and back at the end."""
-    ramp = min(1, step / 100, 1 - (step - (config.max_steps - 100)) / 100) if config.muon_ramp else 1
-    return 0.85 + (config.muon_momentum - 0.85) * ramp if config.muon_ramp else config.muon_momentum
+    """Muon's momentum at `step`; muon_ramp: the released code's 0.85 -> peak over 100 steps, and back at the end."""
+    if not config.muon_ramp:
+        return config.muon_momentum
+    ramp = min(1, step / 100, 1 - (step - (config.max_steps - 100)) / 100)
+    return 0.85 + (config.muon_momentum - 0.85) * ramp
 
 
 @functools.lru_cache(maxsize=2)
@@ -273,12 +298,13 @@ class Tokens:
     """One split of a data folder, cut into windows of block_size + 1 tokens that overlap by one."""
 
     def __init__(self, folder, split, model_config):
-        self.folder, self.split, self.vocab_size, self.block_size = folder, split, model_config.vocab_size, model_config.block_size
+        self.vocab_size, self.block_size = model_config.vocab_size, model_config.block_size
         self.paths = [str(path) for path in find_shards(folder, split)]
         self.counts = [shard_tokens(path) for path in self.paths]
         self.starts = np.cumsum([0] + [(count - 1) // self.block_size for count in self.counts])
         if len(self) == 0:
-            raise InputError(f"{folder}: no {split} shard holds block_size + 1 = {self.block_size + 1} tokens; lower --block_size")
+            raise InputError(f"{folder}: no {split} shard holds block_size + 1 = {self.block_size + 1} tokens; "
+                             "lower --block_size")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -290,11 +316,12 @@ class Tokens:
         tokens = read_window(self.paths[shard], start, self.block_size + 1)
         if tokens.max() >= self.vocab_size:
             raise InputError(f"{self.paths[shard]}: token id {tokens.max()} at or above vocab_size={self.vocab_size}; "
-                             "the shard is damaged or of another tokenizer (python prepare_fineweb.py verify --out=DIR)")
+                             "the shard is damaged or of another tokenizer "
+                             "(python prepare_fineweb.py verify --out=DIR)")
         return tokens
 
     def shuffled(self, seed, first, count):
-        """Windows first ... first + count of the endless training order: every epoch a new permutation."""
+        """Windows first ... first + count - 1 of the endless training order: every epoch a new permutation."""
         places = [divmod(k, len(self)) for k in range(first, first + count)]
         return np.stack([self.window(permutation(seed, epoch, len(self))[i]) for epoch, i in places])
 
@@ -306,12 +333,13 @@ class Tokens:
 def to_batch(windows, eot, config):
     """(idx, targets, docs), each (B, T) on the device, from windows (B, T + 1); docs is None without mask_documents."""
     windows = torch.from_numpy(windows.astype(np.int64))
-    windows = windows.pin_memory().to("cuda", non_blocking=True) if config.device == "cuda" else windows.to(config.device)
+    on_cuda = config.device == "cuda"
+    windows = (windows.pin_memory() if on_cuda else windows).to(config.device, non_blocking=on_cuda)
     idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
     return idx, targets, (idx == eot).cumsum(1) if config.mask_documents else None
 
 
-# -------------------------------------------------------------------------------------------------- 3 one process or many
+# ------------------------------------------------------------------------------------------------ 3 one process or many
 
 class Alone:
     """One process. `Team` offers the same to each of the processes that torchrun started."""
@@ -349,7 +377,8 @@ class Team(Alone):
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
     def wrap(self, objective):
-        return DistributedDataParallel(objective, device_ids=[torch.cuda.current_device()] if self.device == "cuda" else None)
+        device_ids = [torch.cuda.current_device()] if self.device == "cuda" else None
+        return DistributedDataParallel(objective, device_ids=device_ids)
 
     def without_sync(self, objective):
         return objective.no_sync()
@@ -403,7 +432,7 @@ def say(line):
         print(line, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------- 4 model, optimizers
+# -------------------------------------------------------------------------------------------------- 4 model, optimizers
 
 class Objective(nn.Module):
     """The training loss as one module, so that torch.compile and DDP both wrap a single forward."""
@@ -436,8 +465,8 @@ def build_optimizers(model, config):
     others = [p for p in model.parameters() if id(p) not in inside]
     adamw = dict(lr=config.adamw_lr, betas=(0.9, 0.95), eps=1e-8, fused=config.device == "cuda")
     if config.optimizer == "adamw":
-        groups = [dict(params=[m.weight for m in matrices], weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
-        return [torch.optim.AdamW(groups, **adamw)]
+        decayed = dict(params=[m.weight for m in matrices], weight_decay=config.weight_decay)
+        return [torch.optim.AdamW([decayed, dict(params=others, weight_decay=0.0)], **adamw)]
     by_parts = {}
     for m in matrices:
         by_parts.setdefault(1 if config.muon_fused else m.parts, []).append(m.weight)
@@ -458,7 +487,7 @@ def set_rates(optimizers, step, config):
     return optimizers[0].param_groups[0]["lr"]
 
 
-# -------------------------------------------------------------------------------------------------------- 5 the run folder
+# ----------------------------------------------------------------------------------------------------- 5 the run folder
 
 class RunFolder:
     """log.jsonl and ckpt_{step:06d}.pt of one run; held by a lock, so that two runs cannot write to one folder."""
@@ -470,7 +499,8 @@ class RunFolder:
             self.lock = open(os.path.join(path, "lock"), "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{path}: another run is writing there; wait for it, or choose another --out_dir") from None
+            remedy = "wait for it, or choose another --out_dir"
+            raise InputError(f"{path}: another run is writing there; {remedy}") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out_dir") from None
         if not resume and (self.checkpoints() or os.path.exists(self.log_path)):
@@ -540,7 +570,7 @@ class Stop:
     """
 
     def __init__(self):
-        self.signal = 0
+        self.signal = 0                                                    # 0, or the number of the signal that came
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
 
@@ -558,13 +588,14 @@ class Diverged(Exception):
 def git_revision():
     """The commit of this code, or "unknown"."""
     here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "rev-parse", "HEAD"]
     try:
-        return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
 
 
-# ------------------------------------------------------------------------------------------------------ 6 steps and reports
+# -------------------------------------------------------------------------------------------------- 6 steps and reports
 
 # Inductor keeps a value that 3 kernels read instead of computing it 3 times (its default is 4): so the gradient of a
 # rotated, normed, mixed query is made once. 1 % of the roofline of exo_dynamic on the fake H100 (README).
@@ -579,8 +610,9 @@ class Trainer:
         per_pass = config.batch_size * model_config.block_size
         self.accumulation, rest = divmod(config.total_batch_size, per_pass * TEAM.size)
         if rest or not self.accumulation:
-            raise ConfigError(f"--total_batch_size={config.total_batch_size} is not a multiple of --batch_size={config.batch_size} x "
-                              f"--block_size={model_config.block_size} x {TEAM.size} process(es) = {per_pass * TEAM.size}")
+            raise ConfigError(f"--total_batch_size={config.total_batch_size} is not a multiple of "
+                              f"--batch_size={config.batch_size} x --block_size={model_config.block_size} x "
+                              f"{TEAM.size} process(es) = {per_pass * TEAM.size}")
         self.tokenizer = get_tokenizer(model_config.tokenizer)
         self.train, self.val = (Tokens(config.data, split, model_config) for split in ("train", "val"))
         self.model = build_model(model_config, config)
@@ -589,7 +621,7 @@ class Trainer:
         if config.compile == "true":
             self.objective.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS[config.device])
         self.parallel = TEAM.wrap(self.objective)
-        self.step, self.best_val, self.skipped_saves = 0, math.inf, 0
+        self.step, self.best_val = 0, math.inf
 
     def update(self):
         """One optimizer step: (cross-entropy, z, gradient norm, learning rate of the matrices)."""
@@ -616,9 +648,10 @@ class Trainer:
 
     def batch(self, micro):
         """This process's `micro`-th batch of the current step. All processes together read what one alone would."""
-        sequences = self.config.total_batch_size // self.model_config.block_size
-        first = self.step * sequences + (micro * TEAM.size + TEAM.rank) * self.config.batch_size
-        return to_batch(self.train.shuffled(self.config.seed, first, self.config.batch_size), self.tokenizer.eot, self.config)
+        config = self.config
+        sequences = config.total_batch_size // self.model_config.block_size
+        first = self.step * sequences + (micro * TEAM.size + TEAM.rank) * config.batch_size
+        return to_batch(self.train.shuffled(config.seed, first, config.batch_size), self.tokenizer.eot, config)
 
     def diagnosis(self, loss, norm, lr):
         """One line on a step that is not finite: when, how fast, and which parameter is the first to blame."""
@@ -660,14 +693,17 @@ class Trainer:
         rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if self.config.device == "cuda" else None)
         return dict(format=1, model_config=asdict(self.model_config), train_config=asdict(self.config), step=self.step,
                     tokens=self.step * self.config.total_batch_size, best_val=self.best_val, rng=rng,
-                    train_shards=self.train.fingerprint(), git_revision=git_revision(), torch_version=str(torch.__version__),
-                    model=self.model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+                    train_shards=self.train.fingerprint(), git_revision=git_revision(),
+                    torch_version=str(torch.__version__), model=self.model.state_dict(),
+                    optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     def load_state(self, checkpoint):
-        if checkpoint["train_shards"] != self.train.fingerprint():
-            old, new = checkpoint["train_shards"], self.train.fingerprint()
-            raise InputError(f"--data={self.config.data}: the run was trained on {len(old)} shards of {sum(n for _, n in old):,} tokens, "
-                             f"but there are {len(new)} of {sum(n for _, n in new):,}; bring the old data back")
+        """Continue from what `state` returned. InputError where the training shards are not the same."""
+        old, new = checkpoint["train_shards"], self.train.fingerprint()
+        if old != new:
+            raise InputError(f"--data={self.config.data}: the run was trained on {len(old)} shards of "
+                             f"{sum(n for _, n in old):,} tokens, but there are {len(new)} of "
+                             f"{sum(n for _, n in new):,}; bring the old data back")
         self.model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -699,22 +735,25 @@ def announce(trainer, variant_name):
     config, model_config = trainer.config, trainer.model_config
     tokens, epoch = config.max_steps * config.total_batch_size, len(trainer.train) * model_config.block_size
     n, flops = count_parameters(trainer.model), flops_per_token(trainer.model, model_config.block_size)
-    say(f"model      {variant_name}: {n:,} parameters, {model_config.n_layer} layers, C {model_config.n_embd}, {model_config.n_head} heads, "
-        f"context {model_config.block_size}, vocabulary {model_config.vocab_size}")
+    say(f"model      {variant_name}: {n:,} parameters, {model_config.n_layer} layers, C {model_config.n_embd}, "
+        f"{model_config.n_head} heads, context {model_config.block_size}, vocabulary {model_config.vocab_size}")
     for optimizer in trainer.optimizers:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         say(f"{type(optimizer).__name__:10s} {len(params)} tensors, {sum(p.numel() for p in params):,} numbers")
-    say(f"data       {config.data}: {len(trainer.train.paths)} training shards, {sum(trainer.train.counts):,} tokens ({model_config.tokenizer}), "
-        f"{len(trainer.train):,} windows; documents {'masked' if config.mask_documents else 'not masked'}")
-    twice = f"; {tokens - epoch:,} tokens are seen again" if tokens > epoch else ""
-    say(f"budget     {config.max_steps:,} steps x {config.total_batch_size:,} = {tokens:,} tokens, {tokens / epoch:.2f} epochs{twice}; "
-        f"{flops * tokens:.3g} FLOPs")
-    kept = sum(p.numel() * p.element_size() * (2 if isinstance(optimizer, Muon) else 3)       # weights and optimizer states
+    say(f"data       {config.data}: {len(trainer.train.paths)} training shards, {sum(trainer.train.counts):,} tokens "
+        f"({model_config.tokenizer}), {len(trainer.train):,} windows; "
+        f"documents {'masked' if config.mask_documents else 'not masked'}")
+    again = f"; {tokens - epoch:,} tokens are seen again" if tokens > epoch else ""
+    say(f"budget     {config.max_steps:,} steps x {config.total_batch_size:,} = {tokens:,} tokens, "
+        f"{tokens / epoch:.2f} epochs{again}; {flops * tokens:.3g} FLOPs")
+    kept = sum(p.numel() * p.element_size() * (2 if isinstance(optimizer, Muon) else 3)   # weights and optimizer states
                for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"])
     held = kept + sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    say(f"memory     {held / 1e9:.2f} GB for weights, gradients and optimizer states, plus activations; a checkpoint has {kept / 1e9:.2f} GB")
-    say(f"device     {config.device} x {TEAM.size}, {config.dtype}, {'compiled' if config.compile == 'true' else 'eager'}, "
-        f"{config.batch_size} sequences x {trainer.accumulation} accumulations, {torch.get_num_threads()} threads")
+    say(f"memory     {held / 1e9:.2f} GB for weights, gradients and optimizer states, plus activations; "
+        f"a checkpoint has {kept / 1e9:.2f} GB")
+    how = "compiled" if config.compile == "true" else "eager"
+    say(f"device     {config.device} x {TEAM.size}, {config.dtype}, {how}, {config.batch_size} sequences x "
+        f"{trainer.accumulation} accumulations, {torch.get_num_threads()} threads")
     say(f"run folder {config.out_dir}")
 
 
@@ -743,17 +782,18 @@ class Reporter:
             return
         rate = (time.monotonic() - self.began) / (step - self.first)
         mfu = f"{self.flops / seconds / self.peak / TEAM.size:.1%}" if self.peak else "n/a"
-        say(f"step {step:6d}/{self.config.max_steps} | loss {record['loss']:.4f} | z {record['z']:7.2f} | norm {record['grad_norm']:.3f} | "
-            f"lr {record['lr']:.2e} | {record['ms']:7.1f} ms | {self.config.total_batch_size / seconds:10,.0f} tok/s | MFU {mfu} | "
+        say(f"step {step:6d}/{self.config.max_steps} | loss {record['loss']:.4f} | z {record['z']:7.2f} | "
+            f"norm {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['ms']:7.1f} ms | "
+            f"{self.config.total_batch_size / seconds:10,.0f} tok/s | MFU {mfu} | "
             f"ETA {clock(rate * (self.config.max_steps - step))}")
 
 
-def sample(trainer, prompt=""):
-    """Text that the model continues from the start of a document, with a seed of its own."""
+def sample(trainer):
+    """Text that the model writes from the start of a document, with a generator of its own; "" where it cannot."""
     tokenizer, config = trainer.tokenizer, trainer.config
     if tokenizer.eot >= trainer.model_config.vocab_size or not config.sample_tokens:
         return ""
-    idx = torch.tensor([[tokenizer.eot] + tokenizer.encode(prompt)], device=config.device)
+    idx = torch.tensor([[tokenizer.eot]], device=config.device)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         out = generate(trainer.model, idx, config.sample_tokens, temperature=0.8, top_k=50, stop_token=tokenizer.eot,
                        generator=torch.Generator(config.device).manual_seed(config.seed))
@@ -783,12 +823,13 @@ def hellaswag_items(config, model_config):
     if not config.hellaswag_every:
         return None
     if model_config.tokenizer != "gpt2":
-        raise ConfigError(f"--hellaswag_every={config.hellaswag_every} needs GPT-2 tokens, but --data={config.data} holds {model_config.tokenizer}")
+        raise ConfigError(f"--hellaswag_every={config.hellaswag_every} needs GPT-2 tokens, "
+                          f"but --data={config.data} holds {model_config.tokenizer}")
     from eval_hellaswag import load_items
     return load_items()
 
 
-# --------------------------------------------------------------------------------------------------------------- 7 the loop
+# ----------------------------------------------------------------------------------------------------------- 7 the loop
 
 def run(trainer, folder, stop):
     """Train to the end, or to a signal, or to the wall-clock limit. Returns the signal that stopped it, or 0."""
@@ -813,7 +854,7 @@ def run(trainer, folder, stop):
         signal_number, out_of_time = TEAM.largest(asked).tolist()         # a signal may reach one process only
         leaving = finished or signal_number or out_of_time
         if leaving or (config.save_every and step % config.save_every == 0):
-            saved = TEAM.agree(folder.save(step, trainer.state(), config.keep))       # nobody leaves while the first saves
+            saved = TEAM.agree(folder.save(step, trainer.state(), config.keep))    # nobody leaves while the first saves
         if leaving and not saved:
             raise InputError(f"{config.out_dir}: the run ended at step {step} without a checkpoint of it")
         if leaving:
@@ -827,11 +868,13 @@ def conclude(trainer, signal_number):
     checkpoint = f"{config.out_dir}/ckpt_{trainer.step:06d}.pt"
     if trainer.step < config.max_steps:
         reason = signal.Signals(signal_number).name if signal_number else f"--max_minutes={config.max_minutes:g}"
-        say(f"stopped by {reason} after step {trainer.step}, saved. Continue with:\n  python train.py --resume --out_dir={config.out_dir}")
+        say(f"stopped by {reason} after step {trainer.step}, saved. Continue with:\n"
+            f"  python train.py --resume --out_dir={config.out_dir}")
         return
     say(f"sample:\n{sample(trainer)}\n")
+    prompt = "def " if trainer.model_config.tokenizer == "bytes" else "Once upon a time"
     say(f"done: {trainer.step} steps, best validation loss {trainer.best_val:.4f}. Next:\n"
-        f"  python model.py --ckpt={checkpoint} --prompt=\"{'def ' if trainer.model_config.tokenizer == 'bytes' else 'Once upon a time'}\"\n"
+        f"  python model.py --ckpt={checkpoint} --prompt=\"{prompt}\"\n"
         f"  python train.py --resume --out_dir={config.out_dir} --max_steps={2 * config.max_steps}")
     if trainer.model_config.tokenizer == "gpt2":
         say(f"  python eval_hellaswag.py --ckpt={checkpoint}")
@@ -864,7 +907,7 @@ def begin_anew(variant, preset, given):
 
 
 def resume(variant, preset, given):
-    """(ModelConfig, TrainConfig, RunFolder, checkpoint) of the run in --out_dir. The first process finds the checkpoint."""
+    """(ModelConfig, TrainConfig, RunFolder, checkpoint) of the run in --out_dir; the first process picks the last."""
     given["out_dir"] = given.get("out_dir") or f"out/{preset or 'smoke'}-{variant or 'exo_dynamic'}"
     if not os.path.isdir(given["out_dir"]):
         raise InputError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
@@ -881,11 +924,12 @@ def resume(variant, preset, given):
 def name_of(model_config):
     """The --variant whose axes a configuration has, or its axes where none has."""
     axes = ("gate", "anchor", "mix", "anchor_norm", "granularity", "dynamic")
-    mine = {axis: getattr(model_config, axis) for axis in axes}
+    mine = {axis: vars(model_config)[axis] for axis in axes}
     return next((name for name, row in VARIANTS.items() if all(row[axis] == mine[axis] for axis in axes)), str(mine))
 
 
 def main():
+    """The command line. Exit codes: 1 bad input, 2 bad usage, 3 diverged, 128 + n stopped by signal n."""
     try:
         trainer, folder = prepare(sys.argv[1:])
         stop = Stop()
@@ -895,10 +939,12 @@ def main():
     except (ConfigError, InputError) as error:
         sys.exit(f"train.py: {error}")
     except Diverged as error:
-        say(f"train.py: not finite at {error}. Nothing was saved from it; the last checkpoint is good: lower the learning rates and --resume")
+        say(f"train.py: not finite at {error}. Nothing was saved from it; the last checkpoint is good: lower the "
+            "learning rates and --resume")
         sys.exit(3)
     except (torch.OutOfMemoryError, MemoryError):
-        sys.exit("train.py: out of memory; lower --batch_size (the step stays the same, in more passes), then --block_size or --n_embd")
+        sys.exit("train.py: out of memory; lower --batch_size (the step stays the same, in more passes), "
+                 "then --block_size or --n_embd")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     sys.exit(128 + signal_number if signal_number else 0)

@@ -2,9 +2,7 @@
 How fast and how large: every number from one process, interleaved, so that ratios survive a noisy machine.
 
     python paper/bench.py model [--variants base gated exo exo_dynamic] [--device cpu|cuda]
-    python paper/bench.py muon                       one Muon step over the paper's 29-layer shapes, batched against a loop
-    python paper/bench.py data                       tokenising, beside tiktoken's own batch encoder
-    python paper/bench.py hellaswag                  scoring, beside the plain one-item-at-a-time loop
+    python paper/bench.py muon                   one Muon step over the paper's 29-layer shapes, batched against a loop
 
 Say the machine, the torch version, the command and the commit beside any figure you quote; the first line prints them.
 """
@@ -29,10 +27,14 @@ from model import ConfigError, ExoFormer, flops_per_token, variant_config
 
 def print_circumstances():
     """Machine, versions and commit: what a figure means nothing without."""
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor}, {torch.get_num_threads()} threads"
-    print(f"{device} | torch {torch.__version__} | commit {commit} | load {os.getloadavg()[0]:.1f} | {' '.join(sys.argv)}", flush=True)
+    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+                     platform.processor())
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{processor}, {torch.get_num_threads()} threads"
+    print(f"{device} | torch {torch.__version__} | commit {commit} | load {os.getloadavg()[0]:.1f} | "
+          f"{' '.join(sys.argv)}", flush=True)
 
 
 def synchronise(device):
@@ -60,17 +62,19 @@ class Contender:
     """One variant, compiled, with its optimizers and one fixed batch."""
 
     def __init__(self, variant, args):
-        sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size, vocab_size=args.vocab_size)
-        self.config = T.TrainConfig(device=args.device, dtype=args.dtype, deterministic="false", compile="true" if args.compile else "false")
+        sizes = {name: vars(args)[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+        self.config = T.TrainConfig(device=args.device, dtype=args.dtype, deterministic="false",
+                                    compile=str(args.compile).lower())
         self.model = T.build_model(variant_config(variant, **sizes), self.config)
-        with torch.no_grad():                                    # zero heads would make zero gradients, which may be cheaper
+        with torch.no_grad():                              # zero heads would make zero gradients, which may be cheaper
             for p in self.model.parameters():
                 p.add_(0.02 * torch.randn_like(p))
         self.optimizers = T.build_optimizers(self.model, self.config)
         self.objective = T.Objective(self.model, self.config)
         if args.compile:
             self.objective.compile(fullgraph=True, dynamic=False, options=T.COMPILE_OPTIONS[args.device])
-        self.idx, self.targets = torch.randint(args.vocab_size, (2, args.batch_size, args.block_size), device=args.device)
+        shape = (2, args.batch_size, args.block_size)
+        self.idx, self.targets = torch.randint(args.vocab_size, shape, device=args.device)
         self.docs = (self.idx < args.vocab_size // 512).cumsum(1) if args.mask_documents else None
 
     def forward_backward(self):
@@ -98,13 +102,16 @@ def bench_model(args):
             passes[variant].append(seconds_of(contender.forward_backward, args.device))
             steps[variant].append(seconds_of(contender.optimizer_step, args.device))
     best = max(products)
-    print(f"matrix product {best / 1e9:,.0f} GFLOP/s; {args.rounds} rounds; ratios: median of the rounds' ratios to gated (of the minima)")
-    print(f"{'variant':14s}{'fwd+bwd ms':>12s}{'ratio':>8s}{'(min)':>8s}{'optimizer ms':>14s}{'tokens/s':>11s}{'MFU':>7s}{'peak MB':>9s}")
+    print(f"matrix product {best / 1e9:,.0f} GFLOP/s; {args.rounds} rounds; "
+          "ratios: median of the rounds' ratios to gated (of the minima)")
+    print(f"{'variant':14s}{'fwd+bwd ms':>12s}{'ratio':>8s}{'(min)':>8s}{'optimizer ms':>14s}{'tokens/s':>11s}"
+          f"{'MFU':>7s}{'peak MB':>9s}")
     for variant, contender in contenders.items():
         ratio = statistics.median(a / b for a, b in zip(passes[variant], passes["gated"]))
         seconds, flops = min(passes[variant]), flops_per_token(contender.model, args.block_size) * tokens
-        print(f"{variant:14s}{1e3 * seconds:12.1f}{ratio:8.3f}{seconds / min(passes['gated']):8.3f}{1e3 * min(steps[variant]):14.1f}"
-              f"{tokens / seconds:11,.0f}{flops / seconds / best:7.1%}{peak_memory[variant] / 1e6:9,.0f}", flush=True)
+        print(f"{variant:14s}{1e3 * seconds:12.1f}{ratio:8.3f}{seconds / min(passes['gated']):8.3f}"
+              f"{1e3 * min(steps[variant]):14.1f}{tokens / seconds:11,.0f}"
+              f"{flops / seconds / best:7.1%}{peak_memory[variant] / 1e6:9,.0f}", flush=True)
 
 
 def memory(device):
@@ -119,7 +126,8 @@ def memory(device):
 def bench_muon(args):
     """A Muon step on the shapes of the paper's 29-layer exo model: equal shapes in one batch, and one by one."""
     with torch.device("meta"):
-        shapes = [(m.weight.shape, m.parts) for name, m in ExoFormer(variant_config("exo", n_layer=args.n_layer)).named_modules()
+        model = ExoFormer(variant_config("exo", n_layer=args.n_layer))
+        shapes = [(m.weight.shape, m.parts) for name, m in model.named_modules()
                   if isinstance(m, T.Linear) and name != "head"]
 
     def one_by_one(matrices):
@@ -131,26 +139,32 @@ def bench_muon(args):
             p = torch.nn.Parameter(torch.randn(shape, device=args.device))
             p.grad = torch.randn_like(p)
             groups.setdefault(parts, []).append(p)
-        optimizers[name] = muon.Muon([dict(params=params, parts=parts) for parts, params in groups.items()], polar=polar)
+        groups = [dict(params=params, parts=parts) for parts, params in groups.items()]
+        optimizers[name] = muon.Muon(groups, polar=polar)
     times = {name: [] for name in optimizers}
     for _ in range(args.rounds):
         for name, optimizer in optimizers.items():
             times[name].append(seconds_of(optimizer.step, args.device))
     ratio = statistics.median(slow / fast for slow, fast in zip(times["loop"], times["batched"]))
-    print(f"{sum(parts for _, parts in shapes)} matrices of {args.n_layer} layers: batched {min(times['batched']):.2f} s, loop {min(times['loop']):.2f} s, "
+    print(f"{sum(parts for _, parts in shapes)} matrices of {args.n_layer} layers: "
+          f"batched {min(times['batched']):.2f} s, loop {min(times['loop']):.2f} s, "
           f"median ratio of {args.rounds} rounds {ratio:.2f}")
 
 
 def parse_args():
+    """The command line; `run` of the result is the benchmark that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("model", help="forward + backward and optimizer step per variant")
-    model.add_argument("--variants", nargs="+", default=["base", "gated", "exo", "exo_dynamic"], help="names of Table 3")
-    for name, default, text in (("n_layer", 2, "layers"), ("n_head", 16, "heads"), ("n_embd", 1024, "width"), ("block_size", 512, "tokens a row"),
-                                ("batch_size", 4, "rows"), ("vocab_size", 8192, "vocabulary"), ("rounds", 7, "interleaved rounds")):
+    model.add_argument("--variants", nargs="+", default=["base", "gated", "exo", "exo_dynamic"],
+                       help="names of Table 3")
+    for name, default, text in (("n_layer", 2, "layers"), ("n_head", 16, "heads"), ("n_embd", 1024, "width"),
+                                ("block_size", 512, "tokens a row"), ("batch_size", 4, "rows"),
+                                ("vocab_size", 8192, "vocabulary"), ("rounds", 7, "interleaved rounds")):
         model.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    model.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "pure_bfloat16"], help="as train.py (default bfloat16)")
+    model.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "pure_bfloat16"],
+                       help="as train.py (default bfloat16)")
     model.add_argument("--mask_documents", action="store_true", help="with document masking")
     model.add_argument("--eager", dest="compile", action="store_false", help="without torch.compile")
     model.set_defaults(run=bench_model)
@@ -159,7 +173,8 @@ def parse_args():
     steps.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     steps.set_defaults(run=bench_muon)
     for command in (model, steps):
-        command.add_argument("--device", default=device, choices=["cpu", "cuda", "mps"], help=f"default here: {device}")
+        command.add_argument("--device", default=device, choices=["cpu", "cuda", "mps"],
+                             help=f"default here: {device}")
     return parser.parse_args()
 
 
