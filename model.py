@@ -32,8 +32,9 @@ Symbols, paper | code | shape | where:
     lambda_{n,2}^S      mix[s].lambda_current           (1|H, 1|D)          Mix, Eq. 10
     gamma_{n,1|2}^S     gamma[s] = (anchor, current)    (B, T, 1, 1)        DynamicMixing, Eq. 11, 12
 
-Numbers live in two precisions. Parameters are float32; under torch.autocast the residual stream and every matrix
-product are bfloat16. The means of RMSNorm, RoPE, mixing, gate, softmax statistics and the loss are computed in float32.
+Numbers live in two precisions. Parameters are float32 (train.py can make them bfloat16); under torch.autocast the
+residual stream and every matrix product are bfloat16. The means of RMSNorm, RoPE, gate, softmax statistics and the loss
+are computed in float32, and so is mixing where the parameters are.
 
 `python model.py` prints the table of variants; `python model.py --ckpt=PATH --prompt="Once"` samples from a checkpoint.
 """
@@ -44,6 +45,7 @@ import pickle
 import re
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -117,6 +119,8 @@ class ModelConfig:
                f"mix={self.mix!r} mixes g, but gate={self.gate} gives the layers no g")
         yield self.anchor == "none" and self.mix != "", f"mix={self.mix!r} needs an anchor, but anchor='none'"
         yield self.anchor == "none" and self.dynamic, f"dynamic={self.dynamic} needs an anchor, but anchor='none'"
+        yield (self.anchor == "internal" and self.n_layer == 1,
+               f"anchor='internal' needs a second layer to mix into, but n_layer={self.n_layer}")
         yield self.anchor != "none" and self.mix == "", f"anchor={self.anchor!r} has nothing to mix into, since mix=''"
         yield (not set(self.anchor_norm) <= set(self.mix),
                f"anchor_norm={self.anchor_norm!r} names an anchor that mix={self.mix!r} does not use")
@@ -510,6 +514,9 @@ class ExoFormer(nn.Module):
     def positions(self, idx, docs, cache):
         """The one object all layers share: plain causal, within documents, or continuing a cache."""
         length, device = idx.size(1), idx.device
+        if length > self.config.block_size or (docs is not None and cache is not None):
+            raise ValueError(f"at most block_size={self.config.block_size} tokens a call (here {length}), and docs or "
+                             "cache but not both")
         if docs is not None:                   # FlexAttention is fast where it is compiled for CUDA, and only there
             sparse = device.type == "cuda" and torch.compiler.is_compiling()
             return (DocumentBlocks if sparse else WithinDocuments)(self.config, length, device, docs)
@@ -675,13 +682,18 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such checkpoint") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        why = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
+            pickle.UnpicklingError) as error:
+        why = f"{type(error).__name__}: {str(error)[:80]}".split("\n")[0]
         raise ConfigError(f"{path} is not a whole checkpoint ({why})") from None
-    raise ConfigError(f"{path} is damaged: its record {damaged} fails its checksum")
+    if damaged is not None:
+        raise ConfigError(f"{path} is damaged: its record {damaged} fails its checksum")
+    if not isinstance(checkpoint, dict):
+        raise ConfigError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
 
 
 def load_checkpoint(path, device="cpu"):
@@ -696,7 +708,11 @@ def load_checkpoint(path, device="cpu"):
     if unknown:
         raise ConfigError(f"{path} has settings this version does not know: {', '.join(unknown)}")
     model = ExoFormer(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        why = str(error).split("\n")[-1].strip()
+        raise ConfigError(f"{path}: its weights do not fit its configuration ({why})") from None
     return model.to(device)
 
 
@@ -723,6 +739,9 @@ def released_config(state, n_head, anchor_norm, **settings):
         raise ConfigError(f"not a checkpoint of the released code: no transformer.wte.weight among {len(state)} keys")
     vocab_size, n_embd = state["transformer.wte.weight"].shape
     n_layer = len({key.split(".")[2] for key in state if key.startswith("transformer.layers.")})
+    for needed in ("transformer.layers.0.mlp.fc1.weight", f"transformer.layers.{n_layer - 1}.attn.c_attn.weight"):
+        if needed not in state:
+            raise ConfigError(f"the checkpoint lacks {needed}")
     last = f"transformer.layers.{n_layer - 1}.attn."     # not layer 0, which mixes nothing if its own is the anchor
     lambdas = {s: state[f"{last}lambda_{s}1"] for s in COMPONENTS if f"{last}lambda_{s}1" in state}
     shape = next(iter(lambdas.values())).shape if lambdas else torch.Size()
@@ -738,7 +757,7 @@ def released_config(state, n_head, anchor_norm, **settings):
         n_layer=n_layer, n_head=n_head, n_embd=n_embd, ffn_dim=state["transformer.layers.0.mlp.fc1.weight"].size(0),
         vocab_size=vocab_size, gate=state[f"{last}c_attn.weight"].size(0) == 4 * n_embd, anchor=anchor, mix=mix,
         anchor_norm=released_anchor_norm(state, anchor, mix, anchor_norm), qk_norm=head_dim is not None,
-        granularity="elementwise" if len(shape) == 2 else "headwise" if shape.numel() > 1 else "scalar",
+        granularity="elementwise" if len(shape) == 2 or not mix else "headwise" if shape.numel() > 1 else "scalar",
         dynamic=fc1 is not None, dynamic_dim=16 if fc1 is None else fc1.size(0), **settings)
 
 
@@ -829,9 +848,16 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     args = parser.parse_args()
+    for broken, message in ((args.num_samples < 1, "--num_samples must be at least 1"),
+                            (args.top_k < 1, "--top_k must be at least 1"),
+                            (args.temperature < 0, "--temperature must not be negative"),
+                            (args.device == "cuda" and not torch.cuda.is_available(), "--device=cuda: there is none")):
+        if broken:
+            parser.error(message)
+    from prepare_fineweb import InputError
     try:
         print_samples(args) if args.ckpt else print_variants()
-    except ConfigError as error:
+    except (ConfigError, InputError) as error:
         sys.exit(f"model.py: {error}")
 
 

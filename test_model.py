@@ -872,7 +872,7 @@ def test_data_that_changed_since_is_refused(data, tmp_path):
         (copy / path.name).write_bytes(path.read_bytes())
     train_fully(tmp_path / "a", copy, "--max_steps=2")
     (copy / "t_train_000001.bin").unlink()
-    with pytest.raises(P.InputError, match="2 shards of 1,320 tokens, but there are 1 of 900"):
+    with pytest.raises(P.InputError, match="2 train shards of 1,320 tokens, but there are 1 of 900"):
         T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume"])
 
 

@@ -9,7 +9,8 @@ Train any variant of ExoFormer, on one GPU, several (torchrun) or a CPU.
 
 Settings come from, each overriding the one before: the defaults below (the paper's recipe), the variant's row of
 Table 3, the preset, the flags. Nothing here is random but the initial weights: which tokens step s reads is a function
-of (seed, s), learning rate and momentum are functions of s. So a resumed run needs no state but the tensors.
+of (seed, s), learning rate and momentum are functions of s. So a resumed run needs no state but the tensors (RNG states
+are kept for what you may add).
 """
 import argparse
 import contextlib
@@ -110,7 +111,8 @@ class TrainConfig:
             yield not 0 <= value[name] < math.inf, f"--{name}={value[name]} must be 0 or more"
         for name in ("decay_fraction", "final_lr", "muon_momentum", "muon_beta2"):
             yield not 0 <= value[name] <= 1, f"--{name}={value[name]} must be between 0 and 1"
-        yield self.grad_clip <= 0, f"--grad_clip={self.grad_clip} must be above 0"
+        yield not self.grad_clip > 0, f"--grad_clip={self.grad_clip} must be above 0"
+        yield self.seed < 0, f"--seed={self.seed} must not be negative"
 
 
 PRESETS = {  # fields of ModelConfig and TrainConfig that differ from the paper's
@@ -188,12 +190,10 @@ def pick(config, settings):
 
 def fresh_settings(variant, preset, given):
     """(ModelConfig, TrainConfig) of a new run."""
-    have_fineweb = os.path.isdir(FINEWEB)
-    preset = preset or ("paper" if torch.cuda.is_available() and have_fineweb else "smoke")
-    variant = variant or "exo_dynamic"
+    variant, preset = variant or "exo_dynamic", preset or default_preset()
     settings = {**VARIANTS[variant], **PRESETS[preset], **given}
     settings["out_dir"] = settings.get("out_dir") or f"out/{preset}-{variant}"
-    settings["data"] = settings.get("data") or choose_data(preset, have_fineweb)
+    settings["data"] = settings.get("data") or choose_data(preset)
     if not os.path.isdir(settings["data"]):
         raise InputError(f"--data={settings['data']}: no such folder; write shards there with: "
                          f"python prepare_fineweb.py --input=FILES --out={settings['data']}")
@@ -209,9 +209,14 @@ def both_configs(settings):
     return model_config, resolve(pick(TrainConfig, settings), model_config)
 
 
-def choose_data(preset, have_fineweb):
+def default_preset():
+    """The paper's run where there are a CUDA device and the FineWeb shards, else the smoke run."""
+    return "paper" if torch.cuda.is_available() and os.path.isdir(FINEWEB) else "smoke"
+
+
+def choose_data(preset):
     """The data folder when --data is not given; writes the embedded default where nothing else is there."""
-    if preset != "smoke" and have_fineweb:
+    if preset != "smoke" and os.path.isdir(FINEWEB):
         return FINEWEB
     if preset == "paper":
         raise InputError(f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB}; get them with: "
@@ -257,9 +262,9 @@ def decide_compile(config, model_config):
 
 def resumed_settings(variant, given, checkpoint):
     """(ModelConfig, TrainConfig) of a checkpoint and the flags given now. ConfigError where they make another run."""
-    old = {**checkpoint["train_config"], **checkpoint["model_config"]}
+    old = {**asdict(TrainConfig()), **checkpoint["train_config"], **checkpoint["model_config"]}
     axes = {name: value for name, value in VARIANTS.get(variant, {}).items() if name != "n_layer"}
-    asked = {**axes, **given}
+    asked = {name: value for name, value in {**axes, **given}.items() if value != "auto"}
     changed = {name: value for name, value in asked.items()
                if old[name] != value and name not in ("out_dir", "resume")}
     for name, value in changed.items():
@@ -345,6 +350,9 @@ class Alone:
     """One process. `Team` offers the same to each of the processes that torchrun started."""
     rank, size = 0, 1
 
+    def use(self, device):
+        pass
+
     def wrap(self, objective):
         return objective
 
@@ -370,11 +378,17 @@ class Alone:
 class Team(Alone):
     """A data-parallel group: each process reads its share of every step; PyTorch's DDP averages the gradients."""
 
-    def __init__(self, device):
-        self.rank, self.size, self.device = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device
-        if device == "cuda":
+    def __init__(self):
+        self.rank, self.size, self.device = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "cpu"
+        if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    def use(self, device):
+        """Work on `device` from now on, once the settings have decided it."""
+        if device == "mps":
+            raise ConfigError("--device=mps works with one process only; start train.py without torchrun")
+        self.device = device
 
     def wrap(self, objective):
         device_ids = [torch.cuda.current_device()] if self.device == "cuda" else None
@@ -398,7 +412,7 @@ class Team(Alone):
     def agree(self, value):
         """The first process's `value`, everywhere; nobody goes on before it is there."""
         box = [value]
-        dist.broadcast_object_list(box, device=torch.device(self.device))
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
     def polar(self, matrices, dtype):
@@ -413,14 +427,6 @@ class Team(Alone):
 
     def close(self):
         dist.destroy_process_group()
-
-
-def form_team(given):
-    """Alone, or the Team of this process when torchrun started it."""
-    if "RANK" not in os.environ:
-        return Alone()
-    device = given.get("device", "auto")
-    return Team("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 TEAM = Alone()
@@ -545,8 +551,10 @@ class RunFolder:
                 os.remove(f"{path}.tmp")
             say(f"COULD NOT SAVE {path}: {str(error).splitlines()[0]}; training goes on, older checkpoints are intact")
             return False
-        for old in self.checkpoints()[keep:]:
-            os.remove(old)
+        checkpoints = self.checkpoints()                   # newer than this one: damaged, skipped on resuming
+        for old in checkpoints[checkpoints.index(path) + keep:]:
+            with contextlib.suppress(OSError):
+                os.remove(old)
         return True
 
 
@@ -613,7 +621,7 @@ class Trainer:
             raise ConfigError(f"--total_batch_size={config.total_batch_size} is not a multiple of "
                               f"--batch_size={config.batch_size} x --block_size={model_config.block_size} x "
                               f"{TEAM.size} process(es) = {per_pass * TEAM.size}")
-        self.tokenizer = get_tokenizer(model_config.tokenizer)
+        self.tokenizer, self.revision = get_tokenizer(model_config.tokenizer), git_revision()
         self.train, self.val = (Tokens(config.data, split, model_config) for split in ("train", "val"))
         self.model = build_model(model_config, config)
         self.optimizers = build_optimizers(self.model, config)
@@ -686,24 +694,29 @@ class Trainer:
             sums += torch.tensor([cross_entropy.item() * len(rows), len(rows)], dtype=torch.float64)
         total, count = TEAM.total(sums).tolist()
         loss = total / count
-        return dict(val_loss=loss, val_ppl=math.exp(loss), val_bpb=loss / math.log(2) / bytes_per_token)
+        return dict(val_loss=loss, val_ppl=math.exp(min(loss, 700.0)), val_bpb=loss / math.log(2) / bytes_per_token)
 
     def state(self):
         """All of the run as tensors and plain values; load_state undoes it."""
         rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if self.config.device == "cuda" else None)
         return dict(format=1, model_config=asdict(self.model_config), train_config=asdict(self.config), step=self.step,
                     tokens=self.step * self.config.total_batch_size, best_val=self.best_val, rng=rng,
-                    train_shards=self.train.fingerprint(), git_revision=git_revision(),
+                    shards=self.fingerprints(), git_revision=self.revision,
                     torch_version=str(torch.__version__), model=self.model.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
+    def fingerprints(self):
+        """{split: names and lengths of its shards}."""
+        return dict(train=self.train.fingerprint(), val=self.val.fingerprint())
+
     def load_state(self, checkpoint):
-        """Continue from what `state` returned. InputError where the training shards are not the same."""
-        old, new = checkpoint["train_shards"], self.train.fingerprint()
-        if old != new:
-            raise InputError(f"--data={self.config.data}: the run was trained on {len(old)} shards of "
-                             f"{sum(n for _, n in old):,} tokens, but there are {len(new)} of "
-                             f"{sum(n for _, n in new):,}; bring the old data back")
+        """Continue from what `state` returned. InputError where the shards are not the same."""
+        for split, new in self.fingerprints().items():
+            old = checkpoint["shards"][split]
+            if old != new:
+                raise InputError(f"--data={self.config.data}: the run began with {len(old)} {split} shards of "
+                                 f"{sum(n for _, n in old):,} tokens, but there are {len(new)} of "
+                                 f"{sum(n for _, n in new):,}; bring the old data back")
         self.model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -834,7 +847,7 @@ def hellaswag_items(config, model_config):
 def run(trainer, folder, stop):
     """Train to the end, or to a signal, or to the wall-clock limit. Returns the signal that stopped it, or 0."""
     config = trainer.config
-    items = hellaswag_items(config, trainer.model_config)
+    items = hellaswag_items(config, trainer.model_config) if TEAM.rank == 0 else None      # the others wait for it
     reporter, began = Reporter(trainer), time.monotonic()
     if trainer.step == 0:
         folder.write(dict(step=0, tokens=0, **evaluation(trainer, config.eval_tokens)))
@@ -858,7 +871,7 @@ def run(trainer, folder, stop):
         if leaving and not saved:
             raise InputError(f"{config.out_dir}: the run ended at step {step} without a checkpoint of it")
         if leaving:
-            return signal_number
+            return 0 if finished else signal_number
     return 0
 
 
@@ -884,9 +897,10 @@ def prepare(argv):
     """(Trainer, RunFolder) from the command line, at step 0 or where the run in the folder stopped."""
     global TEAM
     variant, preset, given = parse_flags(argv)
-    TEAM = form_team(given)
+    TEAM = Team() if "RANK" in os.environ else Alone()                      # torchrun sets RANK
     begin = resume if given.get("resume") else begin_anew
     model_config, config, folder, checkpoint = begin(variant, preset, given)
+    TEAM.use(config.device)
     torch.backends.cuda.enable_cudnn_sdp(False)            # its masked backward has given NaN (pytorch issue 196678)
     if config.deterministic == "true":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -908,7 +922,7 @@ def begin_anew(variant, preset, given):
 
 def resume(variant, preset, given):
     """(ModelConfig, TrainConfig, RunFolder, checkpoint) of the run in --out_dir; the first process picks the last."""
-    given["out_dir"] = given.get("out_dir") or f"out/{preset or 'smoke'}-{variant or 'exo_dynamic'}"
+    given["out_dir"] = given.get("out_dir") or f"out/{preset or default_preset()}-{variant or 'exo_dynamic'}"
     if not os.path.isdir(given["out_dir"]):
         raise InputError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
     folder, path, checkpoint = NoFolder(), None, None
@@ -942,7 +956,9 @@ def main():
         say(f"train.py: not finite at {error}. Nothing was saved from it; the last checkpoint is good: lower the "
             "learning rates and --resume")
         sys.exit(3)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         sys.exit("train.py: out of memory; lower --batch_size (the step stays the same, in more passes), "
                  "then --block_size or --n_embd")
     except KeyboardInterrupt:
