@@ -7,17 +7,30 @@ The tests: CPU only, no network, no data but what they make or what lies in pape
 The order is the paper's: model, mixing, variants, Muon, training, then data and evaluation. Oracles are independent of
 the code under test: loops in float64, numbers that the paper's released code computed, a second implementation.
 """
+import contextlib
+import gzip
+import hashlib
+import http.server
+import itertools
 import json
 import math
 import os
 import pathlib
+import random
+import re
+import shutil
 import signal
 import socket
+import statistics
+import struct
 import subprocess
 import sys
+import threading
 import time
+import types
 import warnings
 import zlib
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -28,11 +41,14 @@ import torch.nn.functional as F
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)      # "slow" needs no settings file
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import eval_hellaswag
 import model as M
 import muon
+import prepare_fineweb as pf
 import train as T
 from model import (VARIANTS, ConfigError, ExoFormer, KVCache, ModelConfig, generate, load_checkpoint, save_checkpoint,
                    variant_config)
+from prepare_fineweb import InputError
 
 HERE = pathlib.Path(__file__).parent
 TESTDATA = HERE / "paper" / "testdata"
@@ -647,8 +663,6 @@ def test_learning_rate_and_momentum_follow_table_4():
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-import prepare_fineweb as P
-
 SMALL = """--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --ffn_dim=64 --block_size=32 --batch_size=2
     --total_batch_size=128 --max_steps=12 --warmup_steps=2 --eval_every=4 --eval_tokens=160 --final_eval_tokens=160
     --save_every=4 --keep=9 --compile=false --sample_tokens=8""".split()
@@ -661,7 +675,7 @@ def data(tmp_path_factory):
     for name, length in (("t_train_000000.bin", 900), ("t_train_000001.bin", 420), ("t_val_000000.bin", 170)):
         ids = rng.integers(97, 123, length)
         ids[0::70] = 256
-        P.write_shard(folder / name, ids)
+        pf.write_shard(folder / name, ids)
     (folder / "meta.json").write_text(json.dumps(dict(tokenizer="bytes")))
     return folder
 
@@ -711,7 +725,7 @@ def test_every_epoch_visits_every_window_once_in_its_own_order(data):
     split = T.Tokens(data, "train", config)
     assert len(split) == 28 + 13 == 899 // 32 + 419 // 32
     every = [split.window(i) for i in range(len(split))]
-    assert np.array_equal(every[28], P.read_shard(data / "t_train_000001.bin")[:33]) and every[3][-1] == every[4][0]
+    assert np.array_equal(every[28], pf.read_shard(data / "t_train_000001.bin")[:33]) and every[3][-1] == every[4][0]
     epochs = [split.shuffled(7, e * 41, 41) for e in range(2)]
     assert sorted(map(bytes, epochs[0])) == sorted(map(bytes, epochs[1])) == sorted(map(bytes, np.array(every)))
     assert not np.array_equal(*epochs)
@@ -719,7 +733,7 @@ def test_every_epoch_visits_every_window_once_in_its_own_order(data):
 
 
 def test_a_token_outside_the_vocabulary_names_its_shard(data):
-    with pytest.raises(P.InputError, match="t_train_000000.bin: token id 256.*vocab_size=200"):
+    with pytest.raises(pf.InputError, match="t_train_000000.bin: token id 256.*vocab_size=200"):
         T.Tokens(data, "train", ModelConfig(**{**TINY, "vocab_size": 200})).window(0)
 
 
@@ -774,7 +788,7 @@ def test_training_lowers_the_validation_loss(data, tmp_path):
 def test_evaluation_is_the_mean_over_all_windows_and_counts_bytes(data, tmp_path):
     """5 windows in batches of 2: the last batch is filled up, and must not count the filling."""
     trainer = train_fully(tmp_path / "a", data, "--max_steps=2")
-    result, val = trainer.evaluate(0), P.read_shard(data / "t_val_000000.bin").astype(np.int64)
+    result, val = trainer.evaluate(0), pf.read_shard(data / "t_val_000000.bin").astype(np.int64)
     losses, n_bytes = [], 0
     for start_at in range(0, 160, 32):
         window = torch.tensor(val[start_at:start_at + 33])[None]
@@ -829,17 +843,17 @@ def test_resume_announces_what_may_change(data, tmp_path, capsys):
 
 def test_a_folder_is_for_one_run_at_a_time(data, tmp_path):
     trainer, run_folder = start(tmp_path / "a", data)
-    with pytest.raises(P.InputError, match="another run is writing there"):
+    with pytest.raises(pf.InputError, match="another run is writing there"):
         T.RunFolder(tmp_path / "a", resume=True)
     run_folder.log.close(), run_folder.lock.close()
-    with pytest.raises(P.InputError, match="holds a run already.*--resume"):
+    with pytest.raises(pf.InputError, match="holds a run already.*--resume"):
         start(tmp_path / "a", data)
-    with pytest.raises(P.InputError, match="no whole checkpoint"):
+    with pytest.raises(pf.InputError, match="no whole checkpoint"):
         T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume"])
-    with pytest.raises(P.InputError, match="no folder"):
+    with pytest.raises(pf.InputError, match="no folder"):
         T.prepare([f"--out_dir={tmp_path / 'nowhere'}", "--resume"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(P.InputError, match="cannot be written"):
+    with pytest.raises(pf.InputError, match="cannot be written"):
         start(tmp_path / "file" / "a", data)
 
 
@@ -872,7 +886,7 @@ def test_data_that_changed_since_is_refused(data, tmp_path):
         (copy / path.name).write_bytes(path.read_bytes())
     train_fully(tmp_path / "a", copy, "--max_steps=2")
     (copy / "t_train_000001.bin").unlink()
-    with pytest.raises(P.InputError, match="2 train shards of 1,320 tokens, but there are 1 of 900"):
+    with pytest.raises(pf.InputError, match="2 train shards of 1,320 tokens, but there are 1 of 900"):
         T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume"])
 
 
@@ -912,7 +926,7 @@ def test_every_setting_is_a_flag_with_help(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="expects a machine without CUDA")
 def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ConfigError, P.InputError), match=words) as error:
+    with pytest.raises((ConfigError, pf.InputError), match=words) as error:
         start(tmp_path / "a", data, *flags)
     assert "\n" not in str(error.value)
 
@@ -984,7 +998,7 @@ def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_pat
 # ------------------------------------------------------------------------------------------------------ many processes
 
 def launch_ranks(n, folder, *flags, **kwargs):
-    """torchrun with n processes on this machine, SMALL settings, a float32 Polar Express iteration unless flags say else."""
+    """torchrun with n processes on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -1009,8 +1023,8 @@ def weights(folder, step):
 @pytest.mark.parametrize("variant", ["base", "exo_dynamic"])
 def test_one_two_and_three_processes_are_the_same_run(variant, data, tmp_path):
     """6 sequences a step in 6, 3 and 2 passes a process. Sums are ordered differently, so not bit for bit."""
-    flags = [*SMALL, f"--data={data}", f"--variant={variant}", "--batch_size=1", "--total_batch_size=192", "--max_steps=20",
-             "--muon_dtype=float32", "--eval_every=10"]
+    flags = [*SMALL, f"--data={data}", f"--variant={variant}", "--batch_size=1", "--total_batch_size=192",
+             "--max_steps=20", "--muon_dtype=float32", "--eval_every=10"]
     for n in (1, 2, 3):
         run_ranks(n, tmp_path / str(n), *flags)
     one, two, three = (log_of(tmp_path / str(n)) for n in (1, 2, 3))
@@ -1024,7 +1038,7 @@ def test_one_two_and_three_processes_are_the_same_run(variant, data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_two_accumulations_bit_for_bit(data, tmp_path):
-    """Halving is exact, so the sharpest check there is; and two runs of two processes are one run, resumed alone too."""
+    """Halving is exact, so this is the sharpest check there is; and one process may resume what two began."""
     flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=8"]
     run_ranks(1, tmp_path / "one", *flags)
     run_ranks(2, tmp_path / "two", *flags)
@@ -1042,7 +1056,8 @@ def test_two_processes_equal_one_with_two_accumulations_bit_for_bit(data, tmp_pa
 @pytest.mark.slow
 def test_a_dead_process_ends_the_job_and_the_run_resumes(data, tmp_path):
     folder = tmp_path / "a"
-    flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=100000", "--eval_every=0", "--save_every=5"]
+    flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=100000", "--eval_every=0",
+             "--save_every=5"]
     process = launch_ranks(2, folder, *flags)
     wait_for(lambda: folder.exists() and len(list(folder.glob("ckpt_*.pt"))) > 1)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -1058,7 +1073,8 @@ def test_a_dead_process_ends_the_job_and_the_run_resumes(data, tmp_path):
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_once(data, tmp_path):
     folder = tmp_path / "a"
-    flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=100000", "--eval_every=0", "--save_every=0"]
+    flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=100000", "--eval_every=0",
+             "--save_every=0"]
     process = launch_ranks(2, folder, *flags)
     wait_for(lambda: (folder / "log.jsonl").exists() and len(open(folder / "log.jsonl").readlines()) > 3)
     process.terminate()
@@ -1066,3 +1082,1169 @@ def test_sigterm_to_torchrun_saves_once(data, tmp_path):
     names = [path.name for path in folder.glob("ckpt_*.pt")]
     assert len(names) == 1 and out.count("stopped by SIGTERM") == 1 and process.returncode != 0
     assert log_of(folder)[-1]["step"] == int(names[0][5:-3])
+
+
+# ---- data: shards, tokenising, download (prepare_fineweb.py) ---------------------------------------------------------
+
+@pytest.fixture
+def gpt2():
+    """tiktoken's own GPT-2, as the oracle; it needs its vocabulary file once from the network."""
+    try:
+        pf.get_tokenizer("gpt2")
+    except pf.InputError as error:
+        pytest.skip(f"no GPT-2 vocabulary: {error}")
+    import tiktoken
+    return tiktoken.get_encoding("gpt2")
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def make_shards(folder, paths, **settings):
+    with pf.locked(str(folder)):
+        return pf.tokenise([str(path) for path in paths], str(folder), **{"tokenizer": "bytes", **settings})
+
+
+def all_tokens(folder, split):
+    return [token for path in pf.find_shards(str(folder), split) for token in pf.read_shard(path).tolist()]
+
+
+def shard_bytes(folder):
+    return {name: open(os.path.join(folder, name), "rb").read() for name in pf.shard_names(str(folder))}
+
+
+def byte_documents(texts):
+    return [token for text in texts for token in [256, *text.encode()]]
+
+
+def run_cli(*args, **env):
+    return subprocess.run([sys.executable, pf.__file__, *map(str, args)], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, **env})
+
+
+def word_texts(count, words, seed=0):
+    rng = random.Random(seed)
+    vocabulary = [f"{rng.choice('abcdefgh')}{rng.randrange(1000)}" for _ in range(500)]
+    return [" ".join(rng.choices(vocabulary, k=words)) for _ in range(count)]
+
+
+def assert_one_line(message):
+    assert "\n" not in str(message).strip() and "Traceback" not in str(message)
+
+
+# the format
+
+def test_shard_file_is_header_then_tokens_byte_for_byte(tmp_path):
+    pf.write_shard(str(tmp_path / "a_train_000000.bin"), [50256, 0, 1, 65535])
+    expected = struct.pack("<256i", 20240520, 1, 4, *[0] * 253) + struct.pack("<4H", 50256, 0, 1, 65535)
+    assert (tmp_path / "a_train_000000.bin").read_bytes() == expected
+    assert os.listdir(tmp_path) == ["a_train_000000.bin"]
+
+
+def test_shard_written_by_others_reads_back(tmp_path):
+    path, ids = tmp_path / "tiny_val.bin", [50256, 5962, 22307, 25]
+    path.write_bytes(struct.pack("<256i", 20240520, 1, 4, *[7] * 253) + struct.pack("<4H", *ids))
+    assert pf.find_shards(str(tmp_path), "val") == [str(path)]
+    assert pf.shard_tokens(str(path)) == 4 and pf.read_shard(str(path)).tolist() == ids
+    assert pf.read_shard(str(path)).dtype == np.uint16
+    assert pf.read_window(str(path), 1, 2).tolist() == ids[1:3]
+    assert pf.read_meta(str(tmp_path)) == {"tokenizer": "gpt2"}
+
+
+GOOD_SHARD = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + b"\1\0\2\0\3\0"
+UNSOUND = {
+    "magic": struct.pack("<i", 20240801) + GOOD_SHARD[4:], "version": GOOD_SHARD[:4] + b"\2" + GOOD_SHARD[5:],
+    "count too large": GOOD_SHARD[:8] + b"\4" + GOOD_SHARD[9:],
+    "count too small": GOOD_SHARD[:8] + b"\2" + GOOD_SHARD[9:],
+    "count negative": GOOD_SHARD[:8] + b"\xff" * 4 + GOOD_SHARD[12:], "odd length": GOOD_SHARD[:-1], "empty": b"",
+    "header cut": GOOD_SHARD[:1000], "no tokens": GOOD_SHARD[:8] + b"\0" + GOOD_SHARD[9:1024],
+    "web page": b"<html>" * 400,
+}
+
+
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_unsound_shard_is_refused_with_file_and_remedy(tmp_path, kind):
+    path = tmp_path / "a_train_000000.bin"
+    path.write_bytes(UNSOUND[kind])
+    for read in (pf.shard_tokens, pf.read_shard):
+        with pytest.raises(pf.InputError, match=r"a_train_000000.bin: .*python prepare_fineweb.py") as error:
+            read(str(path))
+        assert_one_line(error.value)
+
+
+def test_shard_cut_off_or_removed_while_in_use_raises_input_error(tmp_path):
+    path = tmp_path / "a_train_000000.bin"
+    pf.write_shard(str(path), np.arange(1000))
+    assert pf.read_window(str(path), 990, 10).tolist() == list(range(990, 1000))
+    os.truncate(path, 1024 + 2 * 995)
+    with pytest.raises(pf.InputError, match="ends 5 tokens before token 1000"):
+        pf.read_window(str(path), 990, 10)
+    path.unlink()
+    with pytest.raises(pf.InputError, match="cannot be read"):
+        pf.read_window(str(path), 0, 10)
+
+
+@pytest.mark.parametrize("tokens", [[], [-1], [65536], [1, 70000]])
+def test_tokens_that_do_not_fit_16_bits_are_refused_and_leave_no_file(tmp_path, tokens):
+    with pytest.raises(pf.InputError, match="0..65535"):
+        pf.write_shard(str(tmp_path / "a_train_000000.bin"), tokens)
+    assert os.listdir(tmp_path) == []
+
+
+def test_shards_of_a_split_come_sorted_and_other_files_do_not_count(tmp_path):
+    for name in ("b_train_000010.bin", "b_train_000002.bin", "b_val_000000.bin", "b_train_000003.bin.part", "train.bin",
+                 "b_train_000004.txt"):
+        pf.write_shard(str(tmp_path / name), [1])
+    assert [os.path.basename(path) for path in pf.find_shards(str(tmp_path), "train")] == ["b_train_000002.bin",
+                                                                                         "b_train_000010.bin"]
+    os.remove(tmp_path / "b_val_000000.bin")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(pf.InputError, match="no val shard .*python prepare_fineweb.py") as error:
+            pf.find_shards(str(folder), "val")
+        assert_one_line(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tokenizer": "klingon"}', '{"tokenizer": []}', "\xff"])
+def test_meta_that_cannot_be_used_is_refused(tmp_path, text):
+    (tmp_path / "meta.json").write_text(text, encoding="latin-1")
+    with pytest.raises(pf.InputError, match="meta.json: cannot be used") as error:
+        pf.read_meta(str(tmp_path))
+    assert_one_line(error.value)
+
+
+# tokenizers
+
+def test_byte_tokenizer_is_utf8():
+    tokenizer, text = pf.get_tokenizer("bytes"), "naïve 汉字 \0 <|endoftext|>\n"
+    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) == ("bytes", 257, 256)
+    assert tokenizer.encode(text) == list(text.encode()) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.n_bytes([256, *text.encode(), 256]) == len(text.encode())
+    assert tokenizer.decode([256, 97, 255, 300]) == "<|endoftext|>a\ufffd\ufffd"
+
+
+def test_gpt2_tokenizer_is_tiktoken_and_counts_bytes(gpt2):
+    tokenizer, text = pf.get_tokenizer("gpt2"), "naïve 汉字 \0 <|endoftext|>\n"
+    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) == ("gpt2", 50257, 50256)
+    ids = tokenizer.encode(text)
+    assert ids == gpt2.encode_ordinary(text) and 50256 not in ids and tokenizer.decode(ids) == text
+    assert tokenizer.n_bytes([50256, *ids]) == len(text.encode())
+    assert tokenizer.decode([50256, 64, 57600]) == "<|endoftext|>a\ufffd"
+
+
+def test_unknown_tokenizer_is_refused():
+    with pytest.raises(pf.InputError, match="'gpt3'.*gpt2 and bytes"):
+        pf.get_tokenizer("gpt3")
+
+
+# text to shards
+
+def test_documents_of_every_kind_of_file_come_in_order_each_after_an_end_of_text(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one\n", "twö"])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three", "id": 3}\n\n{"text": "four"}'))
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfline 1\r\nline 2 <|endoftext|>\n")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress("fünf".encode()))
+    names = ["a.jsonl", "b.jsonl.gz", "c.txt", "d.txt.gz"]
+    meta = make_shards(tmp_path / "out", [tmp_path / name for name in names], val_fraction=0)
+    texts = ["one\n", "twö", "three", "four", "line 1\r\nline 2 <|endoftext|>\n", "fünf"]
+    assert all_tokens(tmp_path / "out", "train") == byte_documents(texts)
+    assert meta == pf.read_meta(str(tmp_path / "out")) and meta["tokenizer"] == "bytes" and meta["n_vocab"] == 257
+    assert meta["files"]["text_train_000000.bin"]["documents"] == 6
+
+
+def test_gpt2_shards_equal_tiktoken(tmp_path, gpt2):
+    texts = ["Hello world", "<|endoftext|> is text here", "  spaces \n\n", "汉字 naïve", "lone \ud800 half", "nul \0 end"]
+    make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer="gpt2", val_fraction=0)
+    expected = [token for text in texts for token in [50256, *gpt2.encode_ordinary(text)]]
+    assert all_tokens(tmp_path / "out", "train") == expected
+
+
+def test_every_nth_document_is_held_out_and_none_is_in_both(tmp_path):
+    texts = [f"document {n}" for n in range(1, 41)]
+    make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], val_fraction=0.1)
+    assert all_tokens(tmp_path / "out", "val") == byte_documents(texts[9::10])
+    assert all_tokens(tmp_path / "out", "train") == byte_documents(t for n, t in enumerate(texts, 1) if n % 10)
+
+
+def test_single_text_holds_out_its_end(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 10)
+    make_shards(tmp_path / "out", [tmp_path / "a.txt"], val_fraction=0.1)
+    train, val = all_tokens(tmp_path / "out", "train"), all_tokens(tmp_path / "out", "val")
+    assert train == byte_documents(["abcdefghij" * 10])[:91] and val == byte_documents(["abcdefghij"])
+
+
+def test_document_longer_than_a_shard_runs_over_into_the_next(tmp_path):
+    texts = ["x" * 250, "y" * 30, "z" * 17]
+    make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], shard_tokens=100, val_fraction=0)
+    assert [pf.shard_tokens(path) for path in pf.find_shards(str(tmp_path / "out"), "train")] == [100, 100, 100]
+    assert all_tokens(tmp_path / "out", "train") == byte_documents(texts)
+
+
+def test_shards_are_the_same_for_any_number_of_processes(tmp_path, monkeypatch):
+    files = [write_jsonl(tmp_path / "a.jsonl", word_texts(600, 100)), tmp_path / "b.txt"]
+    files[1].write_text(" ".join(word_texts(1, 60000, seed=1)))
+    monkeypatch.setattr(pf, "BATCH", 1 << 15)
+    results = []
+    for workers in (1, 2, 3):
+        meta = make_shards(tmp_path / f"out{workers}", files, workers=workers, shard_tokens=100_000)
+        results.append((meta, shard_bytes(tmp_path / f"out{workers}")))
+    assert len(results[0][1]) > 5 and results[0] == results[1] == results[2]
+
+
+def whitespace_rich_text(rng, length):
+    parts = ["a", "bc", "7", "'s", ".", "!?", " ", "  ", "\n", "\t", "\r\n", "\u3000", "\xa0", "\x1c", "汉"]
+    return "".join(rng.choices(parts, k=length))
+
+
+def test_pieces_of_a_plain_text_join_to_it_and_split_where_a_token_must_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(pf, "BATCH", 50)
+    text = whitespace_rich_text(random.Random(0), 3000)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    with open(tmp_path / "a.txt", "rb") as stream:
+        pieces = list(pf.read_text(stream))
+    assert "".join(piece for _, _, piece in pieces) == text and len(pieces) > 20
+    assert [kind for kind, _, _ in pieces] == ["start"] + ["more"] * (len(pieces) - 1)
+    for (_, _, left), (_, _, right) in zip(pieces, pieces[1:]):
+        assert not left[-1].isspace() and right[0] in " \n"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_plain_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch, gpt2, seed):
+    monkeypatch.setattr(pf, "BATCH", 20)
+    text = whitespace_rich_text(random.Random(seed), 2000)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    make_shards(tmp_path / "out", [tmp_path / "a.txt"], tokenizer="gpt2", val_fraction=0)
+    assert all_tokens(tmp_path / "out", "train") == [50256, *gpt2.encode_ordinary(text)]
+
+
+def test_malformed_lines_are_counted_and_named_and_empty_documents_left_out(tmp_path, capsys):
+    lines = [b'{"text": "good"}', b"{", b'{"txt": "x"}', b'{"text": null}', b"[1]", b'{"text": ""}', 
+             b'{"text": " \\n"}', b"[" * 100_000, b'{"text": "also good"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    make_shards(tmp_path / "out", [tmp_path / "a.jsonl"], val_fraction=0, max_bad_lines=5)
+    assert all_tokens(tmp_path / "out", "train") == byte_documents(["good", "also good"])
+    out, err = capsys.readouterr()
+    assert "2 empty documents, 5 malformed lines" in out
+    for line, reason in ((2, "not JSON"), (3, 'no string "text"'), (4, "no string"), (5, "no string"), (8, "not JSON")):
+        assert f"a.jsonl:{line}: {reason}" in err
+
+
+def test_too_many_malformed_lines_stop_the_run_with_nothing_written(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbad\nbad\nbad\n')
+    with pytest.raises(pf.InputError, match=r"a.jsonl:4: not JSON.*--max_bad_lines=2"):
+        make_shards(tmp_path / "out", [tmp_path / "a.jsonl"], max_bad_lines=2)
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
+def test_bytes_that_are_not_utf8_and_nul_are_kept_and_counted(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9 x"}\n{"text": "a\\u0000b"}\n'
+                                       b'{"text": "c\0d"}\n{"text": "\\ud800"}\n')
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9 \0 end")
+    make_shards(tmp_path / "out", [tmp_path / "a.jsonl", tmp_path / "b.txt"], val_fraction=0)
+    texts = ["caf\ufffd x", "a\0b", "c\0d", "\ufffd", "caf\ufffd \0 end"]
+    assert all_tokens(tmp_path / "out", "train") == byte_documents(texts)
+    assert "5 documents with NUL or U+FFFD" in capsys.readouterr().out
+
+
+def test_same_command_again_does_nothing_and_another_is_refused(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three"])
+    make_shards(tmp_path / "out", [path])
+    before = {name: os.stat(tmp_path / "out" / name).st_ino for name in os.listdir(tmp_path / "out")}
+    make_shards(tmp_path / "out", [path], workers=2)
+    assert "there already" in capsys.readouterr().out
+    with pytest.raises(pf.InputError, match="other files or settings"):
+        make_shards(tmp_path / "out", [path], shard_tokens=50)
+    assert {name: os.stat(tmp_path / "out" / name).st_ino for name in os.listdir(tmp_path / "out")} == before
+
+
+def test_shards_of_unknown_origin_are_never_touched(tmp_path):
+    (tmp_path / "x_train_000000.bin").write_bytes(GOOD_SHARD)
+    with pytest.raises(pf.InputError, match="choose another --out"):
+        make_shards(tmp_path, [write_jsonl(tmp_path / "a.jsonl", ["one"])])
+    assert (tmp_path / "x_train_000000.bin").read_bytes() == GOOD_SHARD
+
+
+BAD_INPUT = {
+    "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-9], "damaged gzip"),
+    "not gzip": ("a.txt.gz", b"plain text", "damaged gzip"), "no text": ("a.txt", b" \n", "no text"),
+    "empty file": ("a.jsonl", b"", "no text"), "unknown kind": ("a.docx", b"x", "a.docx: unknown kind.*jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_unusable_input_gives_one_line_and_leaves_no_shard(tmp_path, case):
+    name, content, message = BAD_INPUT[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(pf.InputError, match=message) as error:
+        make_shards(tmp_path / "out", [tmp_path / name])
+    assert_one_line(error.value)
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(pf.InputError, match="pip install pyarrow"):
+        make_shards(tmp_path / "out", [tmp_path / "a.parquet"])
+
+
+def test_default_shards_are_the_standard_library_byte_for_byte(tmp_path, capsys):
+    folder = str(tmp_path / "default")
+    meta = pf.write_default_shards(folder)
+    assert meta["tokenizer"] == "bytes" and "source files of Python's standard library" in capsys.readouterr().out
+    train, val = (pf.read_shard(f"{folder}/stdlib_{split}_000000.bin") for split in ("train", "val"))
+    sources = [source for source in (open(path, "rb").read() for path in pf.standard_library_files()) if source.strip()]
+    texts = [source.decode("utf-8-sig", "replace").encode() for source in sources]
+    for tokens, expected in ((train, [t for n, t in enumerate(texts, 1) if n % 20]), (val, texts[19::20])):
+        documents = [np.append(256, np.frombuffer(text, np.uint8)) for text in expected]
+        assert np.array_equal(tokens, np.concatenate(documents))
+    assert len(texts) > 100
+    assert not any("/test/" in path or "/site-packages/" in path for path in pf.standard_library_files())
+    assert pf.write_default_shards(folder) == meta and capsys.readouterr().out == ""
+
+
+# interrupted and concurrent runs
+
+def test_two_runs_on_one_folder_refuse_each_other_and_a_dead_one_does_not_count(tmp_path):
+    hold = ("import sys, time, prepare_fineweb as p\n"
+            "with p.locked(sys.argv[1]): print('held', flush=True); time.sleep(60)")
+    path, out = write_jsonl(tmp_path / "a.jsonl", ["one", "two"]), tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", hold, out], stdout=subprocess.PIPE,
+                          cwd=os.path.dirname(pf.__file__)) as other:
+        other.stdout.readline()
+        with pytest.raises(pf.InputError, match="another run is writing here"):
+            make_shards(out, [path])
+        other.kill()
+    make_shards(out, [path], val_fraction=0)
+    assert all_tokens(out, "train") == byte_documents(["one", "two"])
+
+
+def sigint_is_blocked(_):
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_workers_leave_ctrl_c_to_their_parent():
+    assert list(pf.in_order(sigint_is_blocked, range(4), 2)) == [True] * 4 and not sigint_is_blocked(None)
+
+
+def test_killed_worker_is_one_line():
+    with pytest.raises(pf.InputError, match="worker process was killed.*--workers"):
+        list(pf.in_order(os._exit, [9, 9, 9], 2))
+
+
+def test_run_cut_short_between_any_two_renames_leaves_nothing_to_train_on(tmp_path, monkeypatch):
+    path, out, replace = write_jsonl(tmp_path / "a.jsonl", word_texts(20, 20)), tmp_path / "out", os.replace
+    settings = {"shard_tokens": 500, "val_fraction": 0.2}
+    make_shards(tmp_path / "whole", [path], **settings)
+    expected = shard_bytes(tmp_path / "whole")
+    for survived in range(len(expected) + 1):
+        left = [survived]
+
+        def replace_or_die(source, target):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", replace_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            make_shards(out, [path], **settings)
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(pf.InputError):
+            pf.find_shards(str(out), "train")
+    make_shards(out, [path], **settings)
+    assert shard_bytes(out) == expected and len(expected) == 5
+
+
+def kill_after(seconds, *args, begun=lambda: True, **env):
+    """Run the command line, kill -9 it `seconds` after begun(), and wait until its worker processes are gone too."""
+    process = subprocess.Popen([sys.executable, pf.__file__, *map(str, args)], start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **env})
+    while not begun() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    for _ in range(200):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("worker processes outlived the killed run by 10 s")
+
+
+def test_kill_9_while_tokenising_then_the_same_command_gives_the_same_shards(tmp_path):
+    path, out, rng = write_jsonl(tmp_path / "a.jsonl", word_texts(4000, 300)), tmp_path / "out", random.Random(0)
+    command = ["--input", path, "--tokenizer=bytes", "--workers=2", "--shard_tokens=100000", f"--out={out}"]
+    make_shards(tmp_path / "whole", [path], shard_tokens=100_000)
+    expected = shard_bytes(tmp_path / "whole")
+    for _ in range(3):
+        kill_after(rng.uniform(0, 0.4), *command, begun=(out / pf.STAGE).exists)
+        try:
+            pf.find_shards(str(out), "train")
+        except pf.InputError:
+            pass
+        else:
+            assert shard_bytes(out) == expected                     # it had finished before it was killed
+            shutil.rmtree(out)
+    result = run_cli(*command)
+    assert result.returncode == 0, result.stderr
+    assert shard_bytes(out) == expected
+
+
+def test_ctrl_c_is_one_line_without_traceback(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", word_texts(4000, 400))
+    process = subprocess.Popen([sys.executable, pf.__file__, "--input", path, "--tokenizer=bytes", "--workers=8",
+                                f"--out={tmp_path / 'out'}"], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / pf.STAGE).exists():
+        time.sleep(0.01)
+    time.sleep(0.1)                                                 # the workers are starting, or wait for work
+    os.killpg(process.pid, signal.SIGINT)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted; run the same command again" in err
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
+# the command line
+
+@pytest.mark.parametrize("args, code, message", [
+    (["--shards=100"], 2, "--shards=100 is not in 0 .. 99"), (["--input", "x.txt"], 2, "--out=DIR"),
+    (["--workers=0"], 2, "--workers=0"), (["--val_fraction=1"], 2, "--val_fraction=1.0"), (["verfy"], 2, "verfy"),
+    (["--input=nowhere.txt", "--out=out"], 1, "nowhere.txt: no such file"),
+    (["--input=*.zzz", "--out=out"], 1, "*.zzz"),
+    (["--input=.", "--out=out"], 1, ".: no such file"), (["--input=a.txt", "--out=a.txt/sub"], 1, "a.txt"),
+    (["verify", "--out=nowhere"], 1, "no shards here"), (["--tokenizer=klingon"], 2, "klingon"),
+])
+def test_wrong_command_lines_end_with_one_line_and_a_code(tmp_path, monkeypatch, capsys, args, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(SystemExit) as end:
+        pf.main(args)
+    said = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
+    assert (1 if isinstance(end.value.code, str) else end.value.code) == code and message in said
+    assert_one_line(said)
+
+
+def test_input_takes_several_files_and_unexpanded_patterns_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a.txt", "c.jsonl"):
+        write_jsonl(tmp_path / name, [name])
+    result = run_cli("--input=*.txt", "c.jsonl", "--tokenizer=bytes", "--out=out", "--val_fraction=0")
+    assert result.returncode == 0 and "next: python train.py --data=out" in result.stdout, result.stderr
+    texts = [(tmp_path / name).read_text() for name in ("a.txt", "b.txt")] + ["c.jsonl"]
+    assert all_tokens(tmp_path / "out", "train") == byte_documents(texts)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[2000] ^= 1
+    path.write_bytes(data)
+
+
+SPOIL = {
+    "flipped bit": (flip_a_bit, "sha256"), "cut off": (lambda path: os.truncate(path, 2000), "do not fit"),
+    "removed": (lambda path: path.unlink(), "cannot be read"),
+    "token outside the vocabulary": (lambda path: pf.write_shard(str(path), [256, 257]), "token 257"),
+    "another shard": (lambda path: pf.write_shard(str(path), [256, 1, 2]), "tokens 3 should be"),
+}
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_verify_names_the_bad_file_and_the_remedy(tmp_path, capsys, how):
+    path, out = write_jsonl(tmp_path / "a.jsonl", word_texts(20, 100)), tmp_path / "out"
+    make_shards(out, [path], shard_tokens=2000)
+    assert pf.verify(str(out)) == 0 and "BAD" not in capsys.readouterr().out
+    spoil, message = SPOIL[how]
+    spoil(out / "text_train_000001.bin")
+    with pytest.raises(SystemExit, match="1"):
+        pf.main(["verify", f"--out={out}"])
+    bad = [line for line in capsys.readouterr().out.split("\n") if line.startswith("BAD")]
+    assert len(bad) == 1
+    assert all(part in bad[0] for part in ("text_train_000001.bin", message, "python prepare_fineweb.py"))
+
+
+# download, from a server on this machine that misbehaves
+
+PAPER_FILES = ["finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"]
+
+
+class Troubled(http.server.BaseHTTPRequestHandler):
+    """Serves server.files; for request number n of a file does what server.trouble(name, n) says."""
+    protocol_version, piece = "HTTP/1.1", 10_000
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body=b"", length=None, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        for start in range(0, len(body), self.piece):
+            self.wfile.write(body[start:start + self.piece])
+            time.sleep(self.server.pause)
+
+    def do_GET(self):
+        server, name = self.server, self.path.split("/")[-1]
+        server.requests.append((name, dict(self.headers)))
+        self.close_connection = True
+        with contextlib.suppress(ConnectionError):
+            if len(server.requests) > server.limit:                                # bounded, whatever the client does
+                self.answer(410)
+            elif name == "main":
+                self.answer(*server.listing())
+            else:
+                times = sum(seen == name for seen, _ in server.requests)
+                getattr(self, server.trouble(name, times) or "good")(server.files[name])
+
+    def good(self, body):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        place = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        self.answer(206 if start else 200, body[start:], **place)
+
+    def no_range(self, body):
+        self.answer(200, body)
+
+    def short_body(self, body):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        half = body[start:(start + len(body)) // 2 + 1]
+        self.answer(206 if start else 200, half, len(body) - start, Content_Range=f"bytes {start}-/*")
+
+    def dropped(self, body):
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))     # RST
+        self.connection.close()
+
+    def short_body_without_range(self, body):
+        self.answer(200, body[:len(body) // 2], len(body))
+
+    def length_too_small(self, body):
+        self.answer(200, body, len(body) - 100)
+
+    def length_too_large(self, body):
+        self.answer(200, body + b"tail")
+
+    def busy(self, body):
+        self.answer(429, Retry_After="1")
+
+    def busy_for_a_day(self, body):
+        self.answer(429, Retry_After="86400")
+
+    def error_500(self, body):
+        self.answer(500, b"<html>oops</html>", Content_Type="text/html")
+
+    def web_page(self, body):
+        self.answer(200, b"<html>log in</html>", Content_Type="text/html; charset=utf-8")
+
+    def web_page_of_right_length(self, body):
+        self.answer(200, (b"<html>" * len(body))[:len(body)])
+
+    def other_content(self, body):
+        self.answer(200, body[:-2] + b"\1\0")
+
+    def wrong_place(self, body):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.answer(206, body[:len(body) - start], Content_Range=f"bytes 0-{len(body) - start - 1}/{len(body)}")
+
+    def ends_early_without_length(self, body):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body[:len(body) // 2])
+
+    def not_found(self, body):
+        self.answer(404, b"nothing here")
+
+    def redirect_away(self, body):
+        self.answer(302, Location=self.server.elsewhere + "/" + self.path.split("/")[-1])
+
+    def redirect_home(self, body):
+        self.answer(307, Location="/other/path/" + self.path.split("/")[-1])
+
+    def redirect_in_a_circle(self, body):
+        self.answer(302, Location=self.path)
+
+    def redirect_to_nonsense(self, body):
+        self.answer(302, Location="http://127.0.0.1:99999/x")
+
+    def length_is_no_number(self, body):
+        self.answer(200, body, "many")
+
+
+def true_listing(files):
+    rows = [{"type": "file", "path": name, "size": len(body), "oid": "0" * 40,
+             "lfs": {"oid": hashlib.sha256(body).hexdigest(), "size": len(body)}} for name, body in files.items()]
+    return 200, json.dumps([{"type": "file", "path": "README.md", "size": 5, "oid": "1" * 40}, *rows]).encode()
+
+
+@contextlib.contextmanager
+def serve(files):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Troubled)
+    server.files, server.requests, server.pause, server.limit = files, [], 0, 300
+    server.trouble = lambda name, times: None
+    server.listing, server.url = lambda: true_listing(files), f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with the validation shard and two training shards of 100,000 tokens, and no proxy on the way to it."""
+    files = {}
+    for seed, name in enumerate(PAPER_FILES):
+        pf.write_shard(str(tmp_path / name), np.random.default_rng(seed).integers(0, 50257, 100_000))
+        files[name] = (tmp_path / name).read_bytes()
+    with serve(files) as server:
+        monkeypatch.setattr(pf, "CHUNK", 1 << 8)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+
+
+def fetch_all(folder, **settings):
+    with pf.locked(str(folder)):
+        pf.download(str(folder), **{"shards": 2, "backoff": 0.001, **settings})
+
+
+def file_requests(hub):
+    return [name for name, _ in hub.requests if name.startswith("finewebedu")]
+
+
+def test_download_brings_the_published_bytes_and_again_asks_for_none(tmp_path, hub):
+    out = tmp_path / "out"
+    fetch_all(out)
+    assert shard_bytes(out) == hub.files and sorted(file_requests(hub)) == sorted(PAPER_FILES)
+    assert sorted(os.listdir(out)) == sorted([".lock", "meta.json", *PAPER_FILES])
+    assert pf.verify(str(out)) == 0 and pf.read_meta(str(out))["tokenizer"] == "gpt2"
+    fetch_all(out)
+    assert len(file_requests(hub)) == 3
+
+
+def test_download_of_n_shards_then_more_keeps_what_is_there(tmp_path, hub):
+    fetch_all(tmp_path / "out", shards=1)
+    assert list(shard_bytes(tmp_path / "out")) == ["finewebedu_train_000001.bin", "finewebedu_val_000000.bin"]
+    fetch_all(tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == hub.files and len(file_requests(hub)) == 3
+    assert sorted(pf.read_meta(str(tmp_path / "out"))["files"]) == sorted(PAPER_FILES)
+
+
+PASSING = ["short_body", "short_body_without_range", "dropped", "length_too_small", "length_too_large", "busy",
+           "error_500", "web_page", "web_page_of_right_length", "other_content", "redirect_home",
+           "redirect_to_nonsense", "length_is_no_number", "no_range"]
+
+
+@pytest.mark.parametrize("trouble", PASSING)
+def test_trouble_that_passes_is_overcome(tmp_path, hub, trouble):
+    lasts = 3 if trouble in ("error_500", "dropped") else 1
+    hub.trouble = lambda name, times: trouble if times <= lasts else None
+    fetch_all(tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == hub.files
+    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".part")]
+
+
+LASTING = {"dropped": "no answer from 127.0.0.1", "length_too_small": "the server offers",
+           "length_too_large": "the server offers", "error_500": "HTTP 500", "web_page": "a web page came",
+           "web_page_of_right_length": "not the published file",
+           "other_content": "not the published file", "not_found": "HTTP 404", "busy_for_a_day": "asks to wait 86400 s",
+           "redirect_in_a_circle": "in a circle", "short_body_without_range": "the connection ended|connection lost"}
+
+
+@pytest.mark.parametrize("trouble", LASTING)
+def test_trouble_that_lasts_is_one_line_and_no_file_under_a_final_name(tmp_path, hub, trouble):
+    hub.trouble = lambda name, times: trouble if name == PAPER_FILES[1] else None
+    with pytest.raises(pf.InputError, match=LASTING[trouble]) as error:
+        fetch_all(tmp_path / "out")
+    assert_one_line(error.value)
+    assert PAPER_FILES[1] in str(error.value) and PAPER_FILES[1] not in os.listdir(tmp_path / "out")
+    hub.trouble = lambda name, times: None
+    fetch_all(tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == hub.files
+
+
+def test_lost_connection_goes_on_where_it_ended(tmp_path, hub):
+    hub.trouble = lambda name, times: "short_body" if times < 12 else None      # more than the tries without progress
+    fetch_all(tmp_path / "out", shards=0)
+    assert shard_bytes(tmp_path / "out") == {PAPER_FILES[0]: hub.files[PAPER_FILES[0]]}
+    starts = [int(headers["Range"][6:-1]) for name, headers in hub.requests if "Range" in headers]
+    assert len(starts) == 11 and starts == sorted(starts) and len(set(starts)) >= 8
+
+
+def test_connection_that_ends_early_without_a_length_is_continued(tmp_path, hub):
+    hub.trouble = lambda name, times: "ends_early_without_length" if times == 1 else None
+    fetch_all(tmp_path / "out", shards=0)
+    assert [headers.get("Range") for name, headers in hub.requests if name == PAPER_FILES[0]] == [None, "bytes=100512-"]
+    assert shard_bytes(tmp_path / "out") == {PAPER_FILES[0]: hub.files[PAPER_FILES[0]]}
+
+
+def test_bytes_from_another_place_never_enter_a_file_even_without_a_checksum(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(pf, "published", lambda shards: {PAPER_FILES[0]: len(hub.files[PAPER_FILES[0]])})
+    hub.listing = lambda: (404,)
+    hub.trouble = lambda name, times: "short_body" if times == 1 else "wrong_place"
+    with pytest.raises(pf.InputError, match="when asked to go on at byte"):
+        fetch_all(tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == {}
+
+
+def test_left_over_part_file_is_continued_and_a_spoilt_one_begun_anew(tmp_path, hub):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f"{PAPER_FILES[0]}.part").write_bytes(hub.files[PAPER_FILES[0]][:30_000])
+    (out / f"{PAPER_FILES[1]}.part").write_bytes(b"\0" * 30_000)
+    (out / f"{PAPER_FILES[2]}.part").write_bytes(b"\0" * 300_000)                # longer than the file itself
+    fetch_all(out)
+    assert shard_bytes(out) == hub.files
+    ranges = [headers.get("Range") for name, headers in hub.requests if name == PAPER_FILES[0]]
+    assert ranges == ["bytes=30000-"]
+
+
+class Waits(list):
+    """Stands for the event that ends a wait; remembers the seconds."""
+    is_set, wait = lambda self: False, list.append
+
+
+def test_retry_after_is_waited_for(hub):
+    hub.trouble, waits = (lambda name, times: "busy" if times <= 2 else None), Waits()
+    pf.again("x", lambda: pf.Hub().get(f"x/{PAPER_FILES[0]}").close(), waits, backoff=0.4)
+    assert waits == [1, 1] and len(hub.requests) == 3                           # the server's 1 s, not 0.4 and 0.8
+
+
+def test_retry_after_may_be_a_date():
+    from email.utils import formatdate
+    assert 28 < pf.seconds(formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert pf.seconds("7") == 7 and pf.seconds("") == 0 and pf.seconds("soon") == 0
+
+
+def test_back_off_doubles_up_to_a_minute():
+    def fail():
+        raise pf.Retry("no")
+
+    waits = Waits()
+    with pytest.raises(pf.InputError, match="x: no, no luck in 8 tries"):
+        pf.again("x", fail, waits, backoff=1)
+    assert waits == [1, 2, 4, 8, 16, 32, 60]
+
+
+@pytest.mark.parametrize("listing", [lambda: (404,), lambda: (503,), lambda: (200, b"<html>"),
+                                     lambda: (200, b'{"error": 1}')], ids=["404", "503", "html", "error"])
+def test_download_works_without_the_list_of_files(tmp_path, hub, monkeypatch, capsys, listing):
+    monkeypatch.setattr(pf, "published", lambda n: {name: len(hub.files[name]) for name in PAPER_FILES[:n + 1]})
+    hub.listing = listing
+    fetch_all(tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == hub.files and "without it" in capsys.readouterr().err
+    flip_a_bit(tmp_path / "out" / PAPER_FILES[0])
+    assert pf.verify(str(tmp_path / "out")) == 1                                # by the checksum taken on arrival
+
+
+def test_published_sizes_are_the_paper_s():
+    sizes = pf.published(99)
+    train_tokens = sum((size - 1024) // 2 for name, size in sizes.items() if "train" in name)
+    assert len(sizes) == 100 and train_tokens == 9_853_989_344
+    assert list(pf.published(0)) == [PAPER_FILES[0]] and list(pf.published(2)) == PAPER_FILES
+
+
+SECRET = "hf_thisIsASecret123"
+
+
+def test_token_goes_to_the_endpoint_and_never_into_a_redirect_elsewhere(tmp_path, hub, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", f" {SECRET}\n")
+    with serve(hub.files) as other:
+        for elsewhere in (other.url, other.url.replace("127.0.0.1", "localhost")):      # another port, another name
+            hub.elsewhere = elsewhere
+            hub.trouble = lambda name, times: "redirect_away"
+            fetch_all(tmp_path / elsewhere[7:12])
+            assert shard_bytes(tmp_path / elsewhere[7:12]) == hub.files
+        assert len(other.requests) == 6 and not any("Authorization" in headers for _, headers in other.requests)
+    assert all(headers["Authorization"] == f"Bearer {SECRET}" for _, headers in hub.requests)
+    out, err = capsys.readouterr()
+    assert SECRET not in out + err
+
+
+def test_token_follows_a_redirect_within_the_endpoint_and_yields_to_no_netrc(tmp_path, hub, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    hub.trouble = lambda name, times: "redirect_home" if times == 1 else None
+    fetch_all(tmp_path / "out")
+    assert {headers["Authorization"] for _, headers in hub.requests} == {f"Bearer {SECRET}"} and len(hub.requests) == 7
+
+
+def test_origin_is_scheme_host_and_port():
+    assert pf.origin("https://hub.co/a") == pf.origin("https://HUB.co:443/b?c")
+    for other in ("http://hub.co/a", "https://hub.co:444/a", "https://cdn.hub.co/a", "https://hub.co.evil.net/a",
+                  "https://hub.co@evil.net/a"):
+        assert pf.origin(other) != pf.origin("https://hub.co/a")
+
+
+@pytest.mark.parametrize("name, value", [("HF_TOKEN", f"{SECRET}\nX-Header: 1"), ("HF_TOKEN", f"{SECRET}é"),
+                                         ("HF_ENDPOINT", "huggingface.co"), ("HF_ENDPOINT", "file:///etc")])
+def test_unusable_settings_are_refused_without_showing_the_token(tmp_path, hub, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(pf.InputError, match=name) as error:
+        fetch_all(tmp_path / "out")
+    assert SECRET not in str(error.value) and hub.requests == []
+
+
+def test_full_disk_is_noticed_before_the_first_byte(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=100_000))
+    with pytest.raises(pf.InputError, match="GB are free"):
+        fetch_all(tmp_path / "out")
+    assert file_requests(hub) == []
+
+
+def test_download_leaves_shards_of_your_own_text_alone(tmp_path, hub):
+    make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", ["one", "two"])])
+    before = shard_bytes(tmp_path / "out")
+    with pytest.raises(pf.InputError, match="your own text"):
+        fetch_all(tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == before and hub.requests == []
+
+
+def test_shard_of_wrong_length_is_brought_again(tmp_path, hub):
+    fetch_all(tmp_path / "out")
+    os.truncate(tmp_path / "out" / PAPER_FILES[1], 5000)
+    fetch_all(tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == hub.files
+
+
+def test_shards_that_came_by_other_means_are_kept_and_verified_by_the_hub_s_checksums(tmp_path, hub):
+    (tmp_path / "out").mkdir()
+    for name, body in hub.files.items():
+        (tmp_path / "out" / name).write_bytes(body)
+    flip_a_bit(tmp_path / "out" / PAPER_FILES[1])
+    fetch_all(tmp_path / "out")
+    assert file_requests(hub) == [] and pf.verify(str(tmp_path / "out")) == 1
+
+
+def test_kill_9_while_downloading_then_the_same_command_gives_the_published_bytes(tmp_path, hub, monkeypatch):
+    out, rng = tmp_path / "out", random.Random(1)
+    monkeypatch.setattr(Troubled, "piece", 70_000)                              # more than CHUNK, so that each arrives
+    hub.pause = 0.3
+    for _ in range(4):
+        kill_after(rng.uniform(0, 0.4), "--shards=2", f"--out={out}", begun=lambda: any(
+            part.stat().st_size for part in out.glob("finewebedu*.part")))
+        assert all(body == hub.files[name] for name, body in shard_bytes(out).items())
+        if len(shard_bytes(out)) == 3:
+            break
+    hub.pause = 0
+    result = run_cli("--shards=2", f"--out={out}")
+    assert result.returncode == 0, result.stderr
+    assert shard_bytes(out) == hub.files and any("Range" in headers for _, headers in hub.requests)
+
+
+# ---------------------------------------------------------------------------------------------------- eval_hellaswag.py
+
+HELLASWAG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(eval_hellaswag.__file__)), "paper", "testdata")
+SAMPLE = os.path.join(HELLASWAG_FOLDER, "hellaswag_sample.jsonl")       # 40 items, (c) 2019 Rowan Zellers, MIT licence
+
+
+class SampleTokenizer:
+    """GPT-2's tokens for the texts of the sample: its pieces from a table, cut by its regular expression for ASCII."""
+    n_vocab, eot = 50257, 50256
+    piece = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+")
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def encode(self, text):
+        return [token for piece in self.piece.findall(text) for token in self.tokens[piece]]
+
+
+@pytest.fixture
+def golden_hellaswag(monkeypatch):
+    """What lm_eval 0.4.13 made of the sample, and the tokenizer replaced by one that needs no download."""
+    with open(os.path.join(HELLASWAG_FOLDER, "hellaswag_golden.json")) as file:
+        golden = json.load(file)
+    monkeypatch.setattr(eval_hellaswag, "get_tokenizer", lambda name: SampleTokenizer(golden["pieces"]))
+    return golden
+
+
+def hellaswag_model(block_size=1024, variant="exo_dynamic", seed=0, **sizes):
+    """A tiny model whose zero-initialised matrices are random too."""
+    torch.manual_seed(seed)
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50257, "block_size": block_size, **sizes}
+    model = ExoFormer(variant_config(variant, **sizes)).eval()
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def random_items(count, longest=20, seed=0):
+    """Items of random tokens, lengths and labels."""
+    draw = random.Random(seed)
+    some = lambda low, high: [draw.randrange(50257) for _ in range(draw.randint(low, high))]
+    return [eval_hellaswag.Item(i, draw.randrange(4), some(1, 2 * longest), [some(1, longest) for _ in range(4)],
+                                [draw.randint(1, 99) for _ in range(4)]) for i in range(count)]
+
+
+def score_in_loops(model, item, block_size):
+    """The definition: each row by itself, cut on the left, its log-probabilities in float64, added one by one."""
+    sums = []
+    for ending in item.endings:
+        row = (item.context + ending)[-(block_size + 1):]
+        with torch.no_grad():
+            hidden = model.trunk(torch.tensor([row[:-1]]))[0, -len(ending):]
+            log_probs = torch.log_softmax(model.logits(hidden).double(), dim=-1)
+        sums.append(sum(float(log_probs[i, token]) for i, token in enumerate(ending)))
+    return sums
+
+
+@pytest.mark.parametrize("shots", [0, 5])
+def test_hellaswag_text_and_tokens_are_lm_evals(golden_hellaswag, shots):
+    entries = golden_hellaswag[f"{shots}-shot"]
+    items = eval_hellaswag.load_items(SAMPLE, shots=shots, limit=len(entries), train=SAMPLE)
+    assert len(items) == len(entries) == (40, 5)[shots > 0]
+    for item, entry in zip(items, entries):
+        assert (item.context, item.endings) == (entry["context_tokens"], entry["ending_tokens"])
+        assert item.characters == [len(text) - 1 for text in entry["continuations"]]
+
+
+def test_hellaswag_rendered_text_is_lm_evals(golden_hellaswag):
+    for line, entry in zip(open(SAMPLE), golden_hellaswag["0-shot"]):
+        context, endings = eval_hellaswag.render_lmeval(json.loads(line))
+        assert (context, [f" {ending}" for ending in endings]) == (entry["context"], entry["continuations"])
+
+
+def test_hellaswag_spaces_before_an_ending_are_scored_with_it():
+    tokenizer = SampleTokenizer({"a": [1], " b": [2], " ": [3], " c": [4]})
+    assert eval_hellaswag.encode_jointly(tokenizer, "a b ", ["c"] * 4) == ([1, 2], [[3, 4]] * 4)
+
+
+def test_hellaswag_nanogpt_style_takes_the_text_as_it_is(golden_hellaswag):
+    rows = [json.loads(line) for line in open(SAMPLE)]
+    encode = SampleTokenizer(golden_hellaswag["pieces"]).encode
+    for row, item in zip(rows, eval_hellaswag.load_items(SAMPLE, style="nanogpt"), strict=True):
+        assert item.context == encode(row["ctx"]) and item.label == row["label"]
+        assert item.endings == [encode(" " + ending) for ending in row["endings"]]
+
+
+def test_hellaswag_examples_depend_on_the_place_of_an_item_alone():
+    rows = [json.loads(line) for line in open(SAMPLE)]
+    many, few = (eval_hellaswag.draw_examples(rows[20:], rows[:n], 3) for n in (20, 4))
+    assert many[:4] == few and len(set(many)) == 20
+
+
+def test_hellaswag_an_item_is_never_its_own_example():
+    rows = [json.loads(line) for line in open(SAMPLE)][:6]
+    for row, text in zip(rows, eval_hellaswag.draw_examples(rows, rows, 5)):
+        others = [eval_hellaswag.solved_example(other) for other in rows if other is not row]
+        assert len(text) == sum(map(len, others)) and all(other in text for other in others)
+
+
+@pytest.mark.parametrize("block_size", [1024, 24])
+@pytest.mark.parametrize("variant", ["base", "exo_dynamic"])
+def test_hellaswag_scores_equal_each_row_alone(variant, block_size):
+    model, items = hellaswag_model(block_size, variant), random_items(6, longest=14)
+    scores = eval_hellaswag.score(model, items, batch_tokens=400)
+    expected = torch.tensor([score_in_loops(model, item, block_size) for item in items], dtype=torch.float64)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
+
+
+def test_hellaswag_five_shot_scores_equal_each_row_alone(golden_hellaswag):
+    model = hellaswag_model()
+    items = eval_hellaswag.load_items(SAMPLE, shots=5, limit=1, train=SAMPLE)
+    expected = torch.tensor([score_in_loops(model, item, 1024) for item in items], dtype=torch.float64)
+    torch.testing.assert_close(eval_hellaswag.score(model, items), expected, rtol=0, atol=1e-4)
+
+
+def test_hellaswag_padding_and_company_are_invisible():
+    model, items = hellaswag_model(), random_items(8, longest=12)
+    alone = torch.cat([eval_hellaswag.score(model, [item]) for item in items])
+    for batch_tokens in (400, 10 ** 6):
+        assert (eval_hellaswag.score(model, items, batch_tokens) - alone).abs().max() <= 1e-5
+    assert (eval_hellaswag.score(model, items[::-1]).flip(0) - alone).abs().max() <= 1e-5
+
+
+def test_hellaswag_batches_hold_every_item_once_within_their_budget():
+    items = random_items(200)
+    batches = eval_hellaswag.plan(items, 1024, 3000)
+    assert sorted(item.index for batch in batches for item in batch.items) == list(range(200))
+    for batch in batches:
+        lengths = [len(item.context) + max(map(len, item.endings)) - 1 for item in batch.items]
+        assert max(lengths) == batch.prefix + batch.width and 4 * len(lengths) * max(lengths) <= 3000
+        assert all(len(item.context) > batch.prefix for item in batch.items)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hellaswag_evaluation_changes_no_state(training):
+    model, items = hellaswag_model().train(training), random_items(3)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = eval_hellaswag.score(model, items)
+    assert torch.equal(inside, eval_hellaswag.score(model, items))       # the caller's autocast does not reach it
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert np.array_equal(states[2], np.random.get_state()[1])
+    assert model.training is training and torch.is_grad_enabled()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    model.loss(torch.tensor([items[0].context * 3]), torch.tensor([items[0].context * 3]))[0].backward()
+
+
+def test_hellaswag_bfloat16_layers_come_close_to_float32():
+    model, items = hellaswag_model(), [replace(item, context=[item.label]) for item in random_items(2)]    # no cache
+    exact, rough = (eval_hellaswag.score(model, items, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert 1e-6 < (exact - rough).abs().max() < 0.05 * exact.abs().min()
+
+
+def test_hellaswag_random_model_is_at_chance():
+    items = random_items(400, longest=2)
+    result = eval_hellaswag.evaluate(hellaswag_model(n_layer=1), items)
+    for metric in eval_hellaswag.METRICS:
+        error = result[f"{metric}_stderr"]
+        assert 0.02 < error < 0.024 and abs(result[metric] - 0.25) <= 3 * error
+
+
+def test_hellaswag_accuracy_is_counted_by_hand():
+    items, draw = random_items(50), np.random.default_rng(0)
+    scores = -draw.random((50, 4)) * 40 - 1
+    result = eval_hellaswag.accuracy(items, eval_hellaswag.predictions(items, torch.from_numpy(scores)))
+    divisors = {"acc": lambda item, k: 1, "acc_norm": lambda item, k: item.characters[k],
+                "acc_norm_tokens": lambda item, k: len(item.endings[k])}
+    for metric, divisor in divisors.items():
+        best = [max(range(4), key=lambda k: scores[i, k] / divisor(item, k)) for i, item in enumerate(items)]
+        right = [float(k == item.label) for k, item in zip(best, items)]
+        assert result[metric] == pytest.approx(statistics.mean(right))
+        assert result[f"{metric}_stderr"] == pytest.approx(statistics.stdev(right) / 50 ** 0.5)
+
+
+def test_hellaswag_equal_scores_predict_the_first_ending():
+    items = random_items(3)
+    predicted = eval_hellaswag.predictions(items, torch.tensor([[-2.0, -1, -1, -3]] * 3, dtype=torch.float64))
+    assert predicted["acc"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("only_a, only_b", [(0, 0), (0, 1), (2, 2), (1, 6), (9, 3), (0, 10)])
+def test_hellaswag_mcnemar_equals_tossing_all_coins(only_a, only_b):
+    n, gap = only_a + only_b, abs(only_a - only_b)
+    extreme = sum(abs(2 * sum(coins) - n) >= gap for coins in itertools.product((0, 1), repeat=n))
+    assert eval_hellaswag.mcnemar(only_a, only_b) == pytest.approx(extreme / 2 ** n, abs=1e-12)
+
+
+def test_hellaswag_mcnemar_survives_large_counts():
+    assert 0.3 < eval_hellaswag.mcnemar(1990, 2050) < 0.4                # normal approximation: 0.35
+
+
+def test_hellaswag_paired_difference_equals_numpy():
+    a, b = np.random.default_rng(0).integers(0, 2, (2, 400))
+    result = eval_hellaswag.paired(a.tolist(), b.tolist())
+    mean, error = b.mean() - a.mean(), np.std(b - a, ddof=1) / 20
+    assert result["difference"] == pytest.approx(mean)
+    assert (result["low"], result["high"]) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error))
+    assert (result["only_a"], result["only_b"]) == (sum(a > b), sum(b > a))
+
+
+GOOD_ROW = {"ctx": "a b", "ctx_a": "a", "ctx_b": "b", "activity_label": "x", "endings": ["c"] * 4, "label": 0}
+
+
+@pytest.mark.parametrize("bad, problem", [
+    ({**GOOD_ROW, "label": None}, "label"), ({**GOOD_ROW, "label": 4}, "label"), ({**GOOD_ROW, "label": ""}, "label"),
+    ({k: v for k, v in GOOD_ROW.items() if k != "label"}, "label"), ({**GOOD_ROW, "endings": ["c"] * 3}, "endings"),
+    ({**GOOD_ROW, "endings": "cccc"}, "endings"), ({**GOOD_ROW, "endings": ["c", "c", "c", 5]}, "endings"),
+    ({**GOOD_ROW, "ctx_b": 7}, "ctx_b"), ({"label": 1}, "ctx"), (["a"], "object")])
+def test_hellaswag_malformed_item_names_file_and_line(tmp_path, bad, problem):
+    path = tmp_path / "items.jsonl"
+    path.write_text(f"{json.dumps(GOOD_ROW)}\n\n{json.dumps(bad)}\n")
+    with pytest.raises(InputError, match=f"items.jsonl, line 3: .*{problem}"):
+        eval_hellaswag.load_items(str(path))
+
+
+def test_hellaswag_cut_off_or_empty_files_are_refused(tmp_path):
+    data = open(SAMPLE, "rb").read()
+    for name, content in {"cut.jsonl": data[:-100], "cut.jsonl.gz": gzip.compress(data)[:-100], "flat.jsonl.gz": data,
+                          "empty.jsonl": b"", "latin.jsonl": b'{"ctx": "\xe9"}'}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            eval_hellaswag.load_items(str(tmp_path / name))
+    with pytest.raises(InputError, match="line 40: not valid JSON"):
+        eval_hellaswag.load_items(str(tmp_path / "cut.jsonl"))
+
+
+def test_hellaswag_gz_and_text_labels_read_alike(golden_hellaswag, tmp_path):
+    rows = [json.loads(line) for line in open(SAMPLE)]
+    text = "\n".join(json.dumps({**row, "label": str(row["label"])}) for row in rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert eval_hellaswag.load_items(str(tmp_path / "a.jsonl.gz")) == eval_hellaswag.load_items(SAMPLE)
+
+
+def test_hellaswag_git_blob_id_is_gits():
+    assert eval_hellaswag.git_blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert eval_hellaswag.git_blob_id(b"hello world\n") == "3b18e512dba79e4c8300dd08aeb37f8e728b8dad"
+
+
+def test_hellaswag_broken_download_is_never_scored(golden_hellaswag, tmp_path, monkeypatch):
+    data, calls = open(SAMPLE, "rb").read(), []
+    sent = [data[:5000], data]
+    monkeypatch.setattr(eval_hellaswag, "download", lambda url: calls.append(url) or sent[len(calls) - 1])
+    with pytest.raises(InputError, match="5000 bytes that are not the official file"):
+        eval_hellaswag.load_items(folder=str(tmp_path))
+    assert os.listdir(tmp_path) == []
+    official = (eval_hellaswag.git_blob_id, eval_hellaswag.git_blob_id(data))
+    monkeypatch.setitem(eval_hellaswag.OFFICIAL, "val", official)
+    assert [len(eval_hellaswag.load_items(folder=str(tmp_path))) for _ in range(2)] == [40, 40]
+    assert len(calls) == 2 and "a29ff8e9a04bba4bd6588223785ce105328adc57/data/hellaswag_val.jsonl" in calls[0]
+    (tmp_path / "hellaswag_val.jsonl").write_bytes(data.replace(b'"label": 3', b'"label": 2', 1))
+    with pytest.raises(InputError, match="not the official file any more"):
+        eval_hellaswag.load_items(folder=str(tmp_path))
+
+
+def test_hellaswag_refuses_models_it_cannot_score():
+    items = random_items(2)
+    with pytest.raises(InputError, match="tokenizer is 'bytes'"):
+        eval_hellaswag.evaluate(hellaswag_model(tokenizer="bytes"), items)
+    with pytest.raises(InputError, match="this model knows 512"):
+        eval_hellaswag.evaluate(hellaswag_model(vocab_size=512), items)
+    with pytest.raises(InputError, match="does not fit into block_size=4"):
+        eval_hellaswag.evaluate(hellaswag_model(block_size=4), items)
+    model = hellaswag_model()
+    torch.nn.init.constant_(model.final_norm.weight, torch.nan)
+    with pytest.raises(InputError, match="not finite"):
+        eval_hellaswag.evaluate(model, items)
+
+
+def test_hellaswag_command_line_scores_and_compares(golden_hellaswag, tmp_path, capsys):
+    results = []
+    for seed in (0, 1):
+        model, out = hellaswag_model(seed=seed), str(tmp_path / f"{seed}.jsonl")
+        save_checkpoint(tmp_path / "ckpt.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
+        ckpt = f"--ckpt={tmp_path / 'ckpt.pt'}"
+        eval_hellaswag.main([ckpt, f"--data={SAMPLE}", "--limit=6", f"--out={out}", "--device=cpu"])
+        results.append([json.loads(line) for line in open(out)])
+        items = eval_hellaswag.load_items(SAMPLE, limit=6)
+        assert [line["index"] for line in results[-1]] == list(range(6))
+        assert [line["scores"] for line in results[-1]] == eval_hellaswag.score(model, items).tolist()
+        expected = eval_hellaswag.evaluate(model, items)
+        printed = capsys.readouterr().out
+        for metric in eval_hellaswag.METRICS:
+            assert re.search(rf"^{metric} +{expected[metric]:.2%} ", printed, re.M)
+            assert sum(line[metric] == line["label"] for line in results[-1]) == round(6 * expected[metric])
+    eval_hellaswag.main(["--compare", str(tmp_path / "0.jsonl"), str(tmp_path / "1.jsonl")])
+    wins = [sum(a["acc"] == a["label"] for a in lines) / 6 for lines in results]
+    assert f"B - A {100 * (wins[1] - wins[0]):+.2f} points" in capsys.readouterr().out
+
+
+def test_hellaswag_user_errors_are_one_line(tmp_path, capsys):
+    model = hellaswag_model(tokenizer="bytes", vocab_size=257)
+    save_checkpoint(tmp_path / "bytes.pt", {"model": model.state_dict(), "model_config": asdict(model.config)})
+    (tmp_path / "a.jsonl").write_text('{"index": 0, "label": 0, "acc": 0, "acc_norm": 0, "acc_norm_tokens": 0}\n')
+    (tmp_path / "b.jsonl").write_text('{"index": 1, "label": 0, "acc": 0, "acc_norm": 0, "acc_norm_tokens": 0}\n')
+    (tmp_path / "c.jsonl").write_text('{"index": 1}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    a, b, c, empty = (str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "c", "empty"))
+    for argv, message in ((["--ckpt=nowhere.pt"], "nowhere.pt"), ([f"--ckpt={tmp_path / 'bytes.pt'}"], "'bytes'"),
+                          (["--ckpt=x", "--out=/nowhere/x.jsonl"], "--out=/nowhere/x.jsonl"),
+                          (["--compare", a, b], "same items"), (["--compare", a, c], "c.jsonl, line 1"),
+                          (["--compare", empty, a], "empty.jsonl: no items")):
+        with pytest.raises(SystemExit) as exit:
+            eval_hellaswag.main(argv)
+        assert message in exit.value.code and "\n" not in exit.value.code
+    for argv in ([], ["--ckpt=x", "--limit=0"], ["--ckpt=x", "--shots=5", "--style=nanogpt"]):
+        with pytest.raises(SystemExit) as exit:
+            eval_hellaswag.main(argv)
+        assert exit.value.code == 2

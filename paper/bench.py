@@ -3,6 +3,8 @@ How fast and how large: every number from one process, interleaved, so that rati
 
     python paper/bench.py model [--variants base gated exo exo_dynamic] [--device cpu|cuda]
     python paper/bench.py muon                   one Muon step over the paper's 29-layer shapes, batched against a loop
+    python paper/bench.py data                   tokenising, beside tiktoken's own batch encoder; and memory
+    python paper/bench.py hellaswag --data=FILE  scoring, beside the plain one-item-at-a-time loop
 
 Say the machine, the torch version, the command and the commit beside any figure you quote; the first line prints them.
 """
@@ -20,9 +22,12 @@ import torch
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
 
+import bench_data
+import bench_hellaswag
 import muon
 import train as T
 from model import ConfigError, ExoFormer, flops_per_token, variant_config
+from prepare_fineweb import InputError
 
 
 def print_circumstances():
@@ -175,6 +180,8 @@ def parse_args():
     for command in (model, steps):
         command.add_argument("--device", default=device, choices=["cpu", "cuda", "mps"],
                              help=f"default here: {device}")
+    bench_data.add_data_parser(commands)
+    bench_hellaswag.add_hellaswag_parser(commands)
     return parser.parse_args()
 
 
@@ -183,5 +190,5 @@ if __name__ == "__main__":
     print_circumstances()
     try:
         arguments.run(arguments)
-    except (KeyError, ConfigError) as error:
+    except (KeyError, ConfigError, InputError) as error:
         sys.exit(f"bench.py: {'unknown variant ' if isinstance(error, KeyError) else ''}{error}")
