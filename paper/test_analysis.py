@@ -170,9 +170,9 @@ def test_bfloat16_is_near_float32():
 def test_the_hooks_leave_nothing_behind():
     """Logits before, during and after are the same, and so is a second analysis."""
     model, rows = tiny("exo_dynamic"), windows()
-    before = model(rows)
+    before = model(rows[:, :-1])
     first = analysis.analyse(model, rows, ablate_anchor=True)
-    assert torch.equal(model(rows), before)
+    assert torch.equal(model(rows[:, :-1]), before)
     assert analysis.analyse(model, rows, ablate_anchor=True) == first
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
