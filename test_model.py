@@ -354,6 +354,7 @@ def test_optimizers_partition_the_parameters(variant):
     assert parts[id(layer.attn.out_proj.weight)] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "resformer", "nuresformer", "exo_dynamic"])
 def test_one_graph_and_no_recompilation(variant):
     """fullgraph raises on a graph break; new documents and a last batch filled up with -100 must not compile again."""
@@ -368,6 +369,7 @@ def test_one_graph_and_no_recompilation(variant):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiler_computes_an_internal_anchor_once():
     from torch._dynamo.backends.common import aot_autograd
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
@@ -945,6 +947,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_tells_how_to_go_on_and_exits_with_its_code(number, data, tmp_path):
     folder = tmp_path / "a"
@@ -983,6 +986,7 @@ def test_a_storm_of_kills_loses_nothing(data, tmp_path):
     assert same_state(whole, resumed) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
 def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_path):
     """Files may not grow past 30 kB: a checkpoint does not fit, log.jsonl does."""
