@@ -72,8 +72,17 @@ def setting(default, help):
     return field(default=default, metadata={"help": help})
 
 
+class Checked:
+    """A dataclass of settings that refuses to exist with a rule broken: `problems` yields (is broken, what to say)."""
+
+    def __post_init__(self):
+        for broken, message in self.problems():
+            if broken:
+                raise ConfigError(message)
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The sizes of a model and one field for each axis of the paper. The defaults are `exo` at the paper's size."""
     n_layer: int = setting(29, "layers; the paper uses 29 with the gate and 32 without, for equal parameters")
     n_head: int = setting(16, "attention heads")
@@ -94,11 +103,6 @@ class ModelConfig:
                                 "residual sum (post)")
     rope_theta: float = setting(500_000.0, "base of the rotary angles")
     tokenizer: str = setting("gpt2", "what the token ids mean: gpt2 or bytes")
-
-    def __post_init__(self):
-        for problem, message in self.problems():
-            if problem:
-                raise ConfigError(message)
 
     def problems(self):
         """Every rule a configuration must keep, as (is broken, what to say)."""

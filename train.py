@@ -35,8 +35,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (VARIANTS, ConfigError, ExoFormer, Linear, ModelConfig, count_parameters, flops_per_token, generate,
-                   read_checkpoint, save_checkpoint, setting)
+from model import (VARIANTS, Checked, ConfigError, ExoFormer, Linear, ModelConfig, count_parameters, flops_per_token,
+                   generate, read_checkpoint, save_checkpoint, setting)
 from muon import Muon, polar_express
 from prepare_fineweb import (InputError, find_shards, get_tokenizer, read_meta, read_window, shard_tokens,
                              write_default_shards)
@@ -47,7 +47,7 @@ FINEWEB, DEFAULT_DATA = "data/fineweb_edu10B", "data/python_stdlib"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """The recipe. Defaults are the paper's (Table 4), but where the README says otherwise."""
     data: str = setting("", "folder of token shards; empty means FineWeb-Edu if it is there, else Python's own sources")
     out_dir: str = setting("", "run folder: log.jsonl and checkpoints; empty means out/PRESET-VARIANT")
@@ -90,11 +90,6 @@ class TrainConfig:
     keep: int = setting(2, "newest checkpoints to keep")
     log_every: int = setting(10, "steps between printed lines (log.jsonl has every step)")
     sample_tokens: int = setting(200, "length of the sample at the end")
-
-    def __post_init__(self):
-        for problem, message in self.problems():
-            if problem:
-                raise ConfigError(message)
 
     def problems(self):
         """Every rule the settings must keep, as (is broken, what to say)."""
