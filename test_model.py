@@ -801,6 +801,47 @@ def test_evaluation_is_the_mean_over_all_windows_and_counts_bytes(data, tmp_path
     assert result["val_ppl"] == math.exp(result["val_loss"])
 
 
+@torch.no_grad()
+def use_by_hand(model, row, monkeypatch):
+    """(sink, mean gate) of each layer on the tokens of one row, one head, query and layer after the other."""
+    seen, plain = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((q[0].double(), k[0].double()))
+        return plain(q, k, v, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    x, gates = model.embed(row), []
+    anchor, at = model.make_anchor(x), model.positions(row, None, None)
+    for layer in model.layers:
+        attn, h = layer.attn, layer.attn_norm(x)
+        g = attn.project(h)["g"]
+        if "g" in attn.mix:
+            g = attn.mix["g"].lambda_anchor * anchor["g"] + attn.mix["g"].lambda_current * g
+        gates.append((1 / (1 + (-g.double()).exp())).mean().item())
+        x = layer(x, anchor, at)
+    sinks = [np.mean([math.exp(q[t] @ k[0]) / sum(math.exp(q[t] @ k[j]) for j in range(t + 1))
+                      for q, k in zip(queries / queries.size(-1) ** 0.5, keys) for t in range(len(q))])
+             for queries, keys in seen]
+    return sinks, gates
+
+
+@pytest.mark.parametrize("variant", ["gated", "nuresformer", "exo"])
+def test_every_evaluation_logs_how_layers_use_their_anchor(variant, data, tmp_path, monkeypatch):
+    """Sink, gate and median lambda ratio of the last record, from the checkpoint by loops; the first are those at init."""
+    model = train_fully(tmp_path / "a", data, f"--variant={variant}", "--n_layer=2").model
+    first, *others = [record for record in log_of(tmp_path / "a") if "val_loss" in record]
+    row = torch.tensor(pf.read_shard(data / "t_val_000000.bin")[:32].astype(np.int64))[None]
+    sinks, gates = use_by_hand(model, row, monkeypatch)
+    np.testing.assert_allclose(others[-1]["attention_sink"], sinks, atol=1e-6)
+    np.testing.assert_allclose(others[-1]["gate_mean"], gates, atol=1e-6)
+    ratios = {s: [float(np.median(layer.attn.mix[s].lambda_anchor.detach() / layer.attn.mix[s].lambda_current.detach()))
+                  if s in layer.attn.mix else None for layer in model.layers] for s in model.config.mix}
+    assert [record["step"] for record in others] == [4, 8, 12]
+    assert all(others[-1].get("lambda_ratio", {})[s] == pytest.approx(ratios[s], abs=1e-6) for s in ratios)
+    assert all(set(numbers) <= {1.0, None} for numbers in first.get("lambda_ratio", {}).values())
+    assert ("lambda_ratio" in first) == (variant != "gated") and not model.layers[0].attn.gate._forward_pre_hooks
+
+
 def newest_of(folder):
     """What --resume would take."""
     run_folder = T.RunFolder(folder, resume=True)

@@ -35,8 +35,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (VARIANTS, Checked, ConfigError, ExoFormer, Linear, ModelConfig, count_parameters, flops_per_token,
-                   generate, read_checkpoint, save_checkpoint, setting)
+from model import (VARIANTS, Causal, Checked, ConfigError, ExoFormer, Linear, ModelConfig, count_parameters,
+                   flops_per_token, generate, read_checkpoint, save_checkpoint, setting)
 from muon import Muon, polar_express
 from prepare_fineweb import (InputError, find_shards, get_tokenizer, read_meta, read_window, shard_tokens,
                              write_default_shards)
@@ -808,13 +808,56 @@ def sample(trainer):
     return tokenizer.decode([t for t in out[0, 1:].tolist() if t != tokenizer.eot])
 
 
+def attention_weights(q, k):
+    """softmax(q k^T / sqrt(D)) under the causal mask, (..., T, T) float32, of rotated q, k (..., T, D)."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q.float() @ k.float().mT / math.sqrt(q.size(-1))
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, -torch.inf).softmax(-1)
+
+
+@torch.no_grad()
+def anchor_use(model, idx):
+    """What the layers do with one row, idx (1, T), for the log record: lists with a number for each layer.
+
+        attention_sink   attention to the first token, mean over heads and queries
+        gate_mean        mean of sigmoid(G); a model without the gate has no such key
+        lambda_ratio     {s: median over channels of lambda_1 / lambda_2}, None in a layer that does not mix s
+
+    Hooks on the uncompiled model, for one forward pass: model.py knows nothing of it, nor does the graph that trains.
+    """
+    at, use = Causal(model.config, idx.size(1), idx.device), dict(attention_sink=[], gate_mean=[], lambda_ratio={})
+
+    def see(attn, proj):
+        """A layer's mixed projections, {s: (1, T, H, D)}, on their way to its gate."""
+        q, k = (at.rotate(norm(proj[s]))[0].transpose(0, 1) for s, norm in (("q", attn.q_norm), ("k", attn.k_norm)))
+        sinks = [attention_weights(*head)[:, 0].mean() for head in zip(q, k)]              # one (T, T) at a time
+        use["attention_sink"].append(torch.stack(sinks).mean().item())
+        if "g" in proj:
+            use["gate_mean"].append(torch.sigmoid(proj["g"].float()).mean().item())
+
+    hooks = [layer.attn.gate.register_forward_pre_hook(lambda gate, args, attn=layer.attn: see(attn, args[1]))
+             for layer in model.layers]
+    model.trunk(idx)
+    for hook in hooks:
+        hook.remove()
+    for s in model.config.mix:
+        ratio = {layer: layer.attn.mix[s].lambda_anchor / layer.attn.mix[s].lambda_current
+                 for layer in model.layers if s in layer.attn.mix}
+        use["lambda_ratio"][s] = [ratio[layer].float().quantile(0.5).item() if layer in ratio else None
+                                  for layer in model.layers]
+    return {name: numbers for name, numbers in use.items() if numbers}
+
+
 def evaluation(trainer, tokens):
-    """Validation figures, printed and returned for the log record."""
+    """Validation figures, printed and returned for the log record together with `anchor_use` on the first window."""
     began, results = time.monotonic(), trainer.evaluate(tokens)
     trainer.best_val = min(trainer.best_val, results["val_loss"])
     say(f"step {trainer.step:6d} | validation loss {results['val_loss']:.4f}, perplexity {results['val_ppl']:.2f}, "
         f"{results['val_bpb']:.4f} bits per byte ({time.monotonic() - began:.1f} s)")
-    return results
+    idx, _, _ = to_batch(trainer.val.window(0)[None], trainer.tokenizer.eot, trainer.config)
+    with torch.autocast(trainer.config.device, torch.bfloat16, enabled=trainer.config.dtype == "bfloat16"):
+        return results | anchor_use(trainer.model, idx)
 
 
 def hellaswag(trainer, items):

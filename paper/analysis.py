@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from model import VARIANTS, Causal, ConfigError, count_parameters
 from prepare_fineweb import InputError, find_shards, read_meta
-from train import Tokens, clock, name_of
+from train import Tokens, attention_weights, clock, name_of
 
 SPARSE_GATE, NEAR_ZERO_LAMBDA, CORE_VARIANCE = 0.2, 0.001, 0.99
 MAP_SIDE = 96                       # tokens, evenly spaced over a row, that a token-similarity heat map shows
@@ -83,14 +83,6 @@ def token_similarity(x):
     (|sum u|^2 - sum |u|^2) / (T (T - 1))."""
     unit = F.normalize(x.double(), dim=-1)
     return ((unit.sum(0).square().sum() - unit.square().sum()) / (len(x) * (len(x) - 1))).item()
-
-
-def attention_weights(q, k):
-    """softmax(q k^T / sqrt(D)) under the causal mask, (T, T) float32, of one head's rotated q, k (T, D)."""
-    with torch.autocast(q.device.type, enabled=False):
-        scores = q.float() @ k.float().T / math.sqrt(q.size(-1))
-    later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    return scores.masked_fill(later, -torch.inf).softmax(-1)
 
 
 def lambda_usage(model):
