@@ -827,7 +827,7 @@ def use_by_hand(model, row, monkeypatch):
 
 @pytest.mark.parametrize("variant", ["gated", "nuresformer", "exo"])
 def test_every_evaluation_logs_how_layers_use_their_anchor(variant, data, tmp_path, monkeypatch):
-    """Sink, gate and median lambda ratio of the last record, from the checkpoint by loops; the first are those at init."""
+    """Sink, gate and median lambda ratio of the last record, by loops over the final model; the first is as at init."""
     model = train_fully(tmp_path / "a", data, f"--variant={variant}", "--n_layer=2").model
     first, *others = [record for record in log_of(tmp_path / "a") if "val_loss" in record]
     row = torch.tensor(pf.read_shard(data / "t_val_000000.bin")[:32].astype(np.int64))[None]
@@ -1299,7 +1299,8 @@ def test_documents_of_every_kind_of_file_come_in_order_each_after_an_end_of_text
 
 
 def test_gpt2_shards_equal_tiktoken(tmp_path, gpt2):
-    texts = ["Hello world", "<|endoftext|> is text here", "  spaces \n\n", "汉字 naïve", "lone \ud800 half", "nul \0 end"]
+    texts = ["Hello world", "<|endoftext|> is text here", "  spaces \n\n", "汉字 naïve", "lone \ud800 half",
+             "nul \0 end"]
     make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer="gpt2", val_fraction=0)
     expected = [token for text in texts for token in [50256, *gpt2.encode_ordinary(text)]]
     assert all_tokens(tmp_path / "out", "train") == expected
@@ -1543,7 +1544,8 @@ def test_kill_9_while_tokenising_then_the_same_command_gives_the_same_shards(tmp
 def test_ctrl_c_is_one_line_without_traceback(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", word_texts(4000, 400))
     process = subprocess.Popen([sys.executable, pf.__file__, "--input", *[path] * 30, "--tokenizer=bytes",
-                                "--workers=8", f"--out={tmp_path / 'out'}"], start_new_session=True, stderr=subprocess.PIPE, text=True)
+                                "--workers=8", f"--out={tmp_path / 'out'}"], start_new_session=True,
+                               stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "out" / pf.STAGE).exists():
         time.sleep(0.01)
     time.sleep(0.1)                                                 # the workers are starting, or wait for work

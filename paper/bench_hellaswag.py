@@ -1,4 +1,4 @@
-"""Speed of eval_hellaswag.score against the plain loop that most scripts use: the sub-command `hellaswag` of paper/bench.py."""
+"""Speed of eval_hellaswag.score against the plain loop that most scripts use: `python paper/bench.py hellaswag`."""
 import os
 import random
 import statistics

@@ -114,16 +114,8 @@ def read_run(folder):
         variant = name_of(config) if name_of(config) in VARIANTS else ""
     rates = [record["tokens"] / record["step"] / record["ms"] * 1000 for record in records if record.get("ms")]
     points = {record["tokens"]: record["val_loss"] for record in records if "val_loss" in record}
-    return Run(
-        folder,
-        settings,
-        variant,
-        parameters,
-        points,
-        records[-1]["tokens"],
-        records[-1]["step"],
-        statistics.median(rates) if rates else math.nan,
-    )
+    return Run(folder, settings, variant, parameters, points, records[-1]["tokens"], records[-1]["step"],
+               statistics.median(rates) if rates else math.nan)
 
 
 @dataclass
@@ -218,21 +210,13 @@ def row_of(group, baseline):
     """One line of the table. spread, difference and token_ratio are None where there is nothing to compare."""
     losses = list(group.losses.values())
     mean_difference, error = difference(group, baseline) if group is not baseline else (None, None)
-    return {
-        "label": group.label,
-        "variant": group.variant,
-        "runs": len(group.runs),
-        "parameters": group.runs[0].parameters,
-        "layers": group.runs[0].settings.get("n_layer"),
-        "tokens": min(run.tokens for run in group.runs),
-        "val_loss": statistics.fmean(losses),
-        "spread": statistics.stdev(losses) if len(losses) > 1 else None,
-        "val_ppl": math.exp(statistics.fmean(losses)),
-        "difference": mean_difference,
-        "difference_error": error,
-        "token_ratio": token_ratio(group, baseline),
-        "tokens_per_second": statistics.fmean(run.tokens_per_second for run in group.runs),
-    }
+    return {"label": group.label, "variant": group.variant, "runs": len(group.runs),
+            "parameters": group.runs[0].parameters, "layers": group.runs[0].settings.get("n_layer"),
+            "tokens": min(run.tokens for run in group.runs), "val_loss": statistics.fmean(losses),
+            "spread": statistics.stdev(losses) if len(losses) > 1 else None,
+            "val_ppl": math.exp(statistics.fmean(losses)), "difference": mean_difference, "difference_error": error,
+            "token_ratio": token_ratio(group, baseline),
+            "tokens_per_second": statistics.fmean(run.tokens_per_second for run in group.runs)}
 
 
 def show(value, style="{:.4f}"):
@@ -265,10 +249,8 @@ def markdown(rows):
 
 def notes(groups, baseline):
     """What the reader of the table must know."""
-    yield (
-        f"spread: standard deviation over seeds. loss - baseline ({baseline.label}): mean over equal seeds +- its "
-        "standard error. tokens ratio: the baseline's tokens / tokens to reach its final loss."
-    )
+    yield (f"spread: standard deviation over seeds. loss - baseline ({baseline.label}): mean over equal seeds +- its "
+           "standard error. tokens ratio: the baseline's tokens / tokens to reach its final loss.")
     for run in (run for group in groups for run in group.runs):
         if not run.finished:
             yield f"NOT FINISHED: {run.folder} is at step {run.step} of {run.settings['max_steps']}"
@@ -370,11 +352,8 @@ def write(groups, base, rows, remarks, out="", png=""):
     if out:
         curves = {group.label: group.curve() for group in groups}
         with atomic(out) as file:
-            file.write(
-                json.dumps(
-                    {"baseline": base.label, "rows": rows, "notes": remarks, "curves": curves}, indent=1
-                ).encode()
-            )
+            file.write(json.dumps({"baseline": base.label, "rows": rows, "notes": remarks, "curves": curves},
+                                  indent=1).encode())
     if png and can_draw():
         draw(groups, base, png)
     elif png:
@@ -384,11 +363,8 @@ def write(groups, base, rows, remarks, out="", png=""):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Compare runs of train.py by their logs.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; repetitions with other seeds are averaged")
-    parser.add_argument(
-        "--baseline",
-        default="base",
-        help="variant whose final loss is to be reached (default: base, else the first run)",
-    )
+    parser.add_argument("--baseline", default="base",
+                        help="variant whose final loss is to be reached (default: base, else the first run)")
     parser.add_argument("--png", default="", help="write the picture of Figure 1b to this file")
     parser.add_argument("--out", default="", help="write table and curves to this JSON file")
     args = parser.parse_args(argv)

@@ -106,8 +106,9 @@ def random_model(block_size, seed=0):
 
 def write_golden(folder, data, count=40, few=5):
     """Write test data. hellaswag_sample.jsonl: `count` rows spread over the file. hellaswag_golden.json: the text and
-    tokens that lm_eval makes of them, 0-shot, and 5-shot for the first `few` with examples drawn from the same rows; and
-    every piece of those texts that GPT-2's tokenizer treats as one, with its tokens, so that tests need no download."""
+    tokens that lm_eval makes of them, 0-shot, and 5-shot for the first `few` with examples drawn from the same rows;
+    and every piece of those texts that GPT-2's tokenizer treats as one, with its tokens, so that tests need no
+    download."""
     rows = eval_hellaswag.read_split("val", data, "")
     rows = rows[::len(rows) // count][:count]
     sample = os.path.join(folder, "hellaswag_sample.jsonl")

@@ -103,23 +103,15 @@ class Task:
 
 
 TASKS = {
-    "arc_challenge": Task(
-        "ARC-c", "acc_norm", read_arc, "arc/ARC-Challenge-Train.jsonl", "arc/ARC-Challenge-Test.jsonl", "test"
-    ),
+    "arc_challenge": Task("ARC-c", "acc_norm", read_arc, "arc/ARC-Challenge-Train.jsonl",
+                          "arc/ARC-Challenge-Test.jsonl", "test"),
     "arc_easy": Task("ARC-e", "acc_norm", read_arc, "arc/ARC-Easy-Train.jsonl", "arc/ARC-Easy-Test.jsonl", "test"),
-    "hellaswag": Task(
-        "HellaSwag",
-        "acc_norm",
-        read_hellaswag,
-        "hellaswag/hellaswag_train.jsonl",
-        "hellaswag/hellaswag_val.jsonl",
-        "validation",
-    ),
+    "hellaswag": Task("HellaSwag", "acc_norm", read_hellaswag, "hellaswag/hellaswag_train.jsonl",
+                      "hellaswag/hellaswag_val.jsonl", "validation"),
     "openbookqa": Task("OBQA", "acc_norm", read_openbookqa, "openbookqa/train.jsonl", "openbookqa/test.jsonl", "test"),
     "piqa": Task("PIQA", "acc_norm", read_piqa, "piqa/train.jsonl", "piqa/valid.jsonl", "validation"),
-    "winogrande": Task(
-        "WinoGrande", "acc", read_winogrande, "winogrande/train_xl.jsonl", "winogrande/dev.jsonl", "validation"
-    ),
+    "winogrande": Task("WinoGrande", "acc", read_winogrande, "winogrande/train_xl.jsonl", "winogrande/dev.jsonl",
+                       "validation"),
 }
 
 
@@ -195,9 +187,8 @@ def score_batch(model, rows, device, dtype):
         [hidden[row, len(tokens) - n : len(tokens)] for row, (tokens, n) in enumerate(zip(inputs, lengths))]
     )
     picked = picked.to(model.head.weight.dtype)
-    targets = torch.tensor(
-        [token for _, continuation in rows for token in continuation], dtype=torch.long, device=device
-    )
+    targets = torch.tensor([token for _, continuation in rows for token in continuation], dtype=torch.long,
+                           device=device)
     likeliest = torch.cat([model.logits(part).argmax(-1) for part in picked.split(HEAD_ROWS)])
     log_probs = token_log_probs(model, picked, targets).double().cpu()
     greedy = (likeliest == targets).cpu()
@@ -317,11 +308,9 @@ def evaluate(model, names=tuple(TASKS), shots=5, limit=None, data="", batch_size
 
 def summary(metric, measured, items):
     """One task's entry of the results, from lm_eval's {"acc,none": ..., "acc_stderr,none": ...}."""
-    plain = {
-        key.split(",")[0]: value
-        for key, value in measured.items()
-        if key.startswith("acc") and isinstance(value, float)
-    }
+    plain = {key.split(",")[0]: value
+             for key, value in measured.items()
+             if key.startswith("acc") and isinstance(value, float)}
     return {"metric": metric, "value": plain[metric], "stderr": plain[f"{metric}_stderr"], "items": items, **plain}
 
 
@@ -343,39 +332,27 @@ def table(results, variant, parameters):
     if variant in TABLE_3 and len(names) == len(TASKS):
         millions, _, paper = TABLE_3[variant]
         yield f"{'paper':24s}" + f"{'-':>12s}" * len(names) + f"{paper:12.2f}"
-        yield (
-            f"(the paper's row: {millions} M parameters, 10 billion tokens, 5-shot; this checkpoint: "
-            f"{parameters / 1e6:.4g} M parameters, {results['shots']}-shot)"
-        )
+        yield (f"(the paper's row: {millions} M parameters, 10 billion tokens, 5-shot; this checkpoint: "
+               f"{parameters / 1e6:.4g} M parameters, {results['shots']}-shot)")
     yield from results["cautions"]
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--ckpt", required=True, help="checkpoint to score: one of train.py, or one released with the paper"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--ckpt", required=True,
+                        help="checkpoint to score: one of train.py, or one released with the paper")
     parser.add_argument("--tasks", default=",".join(TASKS), help="which, separated by commas (default: all six)")
-    parser.add_argument(
-        "--shots", type=int, default=5, help="solved examples in front of each item (default: 5, the paper's)"
-    )
+    parser.add_argument("--shots", type=int, default=5,
+                        help="solved examples in front of each item (default: 5, the paper's)")
     parser.add_argument("--limit", type=int, help="score the first LIMIT items of each task only: a trial")
-    parser.add_argument(
-        "--data",
-        default="",
-        help="folder with the official files; default: lm_eval downloads from the Hugging Face hub",
-    )
+    parser.add_argument("--data", default="",
+                        help="folder with the official files; default: lm_eval downloads from the Hugging Face hub")
     parser.add_argument("--out", help="write the results to this JSON file")
     parser.add_argument("--batch_size", type=int, default=16, help="rows that run together; fewer need less memory")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="precision of the layers; scores are float32",
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="precision of the layers; scores are float32")
     args = parser.parse_args(argv)
     args.tasks = args.tasks.split(",")
     unknown = [name for name in args.tasks if name not in TASKS]
@@ -399,18 +376,14 @@ def run(args):
             f"{args.ckpt}: knows {model.config.vocab_size} token ids, but its tokenizer, {model.config.tokenizer}, "
             f"has {needed}"
         )
-    results = evaluate(
-        model, args.tasks, args.shots, args.limit, args.data, args.batch_size, getattr(torch, args.dtype)
-    )
+    results = evaluate(model, args.tasks, args.shots, args.limit, args.data, args.batch_size,
+                       getattr(torch, args.dtype))
     variant, parameters = name_of(model.config), count_parameters(model)
     print("\n".join(table(results, variant, parameters)))
     if args.out:
         with atomic(args.out) as file:
-            file.write(
-                json.dumps(
-                    {"ckpt": args.ckpt, "variant": variant, "parameters": parameters, **results}, indent=1
-                ).encode()
-            )
+            record = {"ckpt": args.ckpt, "variant": variant, "parameters": parameters, **results}
+            file.write(json.dumps(record, indent=1).encode())
 
 
 def main(argv=None):

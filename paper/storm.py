@@ -3,8 +3,8 @@ Kill a run at random moments, resume it, again and again, and compare the end wi
 
     python paper/storm.py --kills=100 [--signal=KILL|TERM] [any flags of train.py]
 
-Exit code 0 only if the last checkpoint of the disturbed run equals the undisturbed one, tensor for tensor, each step is in its log
-exactly once with the same numbers, and the newest checkpoint was whole after every kill.
+Exit code 0 only if the last checkpoint of the disturbed run equals the undisturbed one, tensor for tensor, each step is
+in its log exactly once with the same numbers, and the newest checkpoint was whole after every kill.
 """
 import argparse
 import glob
@@ -24,14 +24,16 @@ sys.path.insert(0, ROOT)
 
 from model import ConfigError, read_checkpoint
 
-SMALL = """--device=cpu --preset=smoke --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --total_batch_size=128
-    --warmup_steps=2 --eval_every=50 --eval_tokens=320 --final_eval_tokens=320 --save_every=5 --compile=false --sample_tokens=0""".split()
+SMALL = """--device=cpu --preset=smoke --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2
+    --total_batch_size=128 --warmup_steps=2 --eval_every=50 --eval_tokens=320 --final_eval_tokens=320 --save_every=5
+    --compile=false --sample_tokens=0""".split()
+SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
 
 
 def start(folder, flags):
     """train.py in `folder`: anew, or resumed where a checkpoint is."""
     again = ["--resume"] if glob.glob(os.path.join(folder, "ckpt_*.pt")) else flags
-    if again is flags:                                   # killed before the first checkpoint: there is nothing to go on from
+    if again is flags:                                     # killed before the first checkpoint: nothing to go on from
         for path in glob.glob(os.path.join(folder, "*")):
             os.remove(path)
     return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), f"--out_dir={folder}", *again],
@@ -61,7 +63,7 @@ def differences(a, b, path=""):
 
 
 def storm(folder, flags, kills, number, longest, rng):
-    """Start, wait a random time, kill; `kills` times, or until the run has ended by itself. Returns the kills that hit."""
+    """Start, wait a random time, kill; `kills` times, or until the run ended by itself. Returns the kills that hit."""
     hits, began = 0, time.monotonic()
     while hits < kills:
         process = start(folder, flags)
@@ -83,7 +85,7 @@ def storm(folder, flags, kills, number, longest, rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="how often (default 100)")
-    parser.add_argument("--signal", default="KILL", choices=["KILL", "TERM", "INT"], help="with what (default KILL)")
+    parser.add_argument("--signal", default="KILL", choices=SIGNALS, help="with what (default KILL)")
     parser.add_argument("--longest", type=float, default=8.0, help="longest life of a run in seconds (default 8)")
     parser.add_argument("--max_steps", type=int, default=2000, help="steps of the run (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -91,14 +93,16 @@ def main():
     flags = [*SMALL, f"--max_steps={args.max_steps}", *flags]
     with tempfile.TemporaryDirectory() as base:
         calm, stormy = os.path.join(base, "calm"), os.path.join(base, "stormy")
-        hits = storm(stormy, flags, args.kills, getattr(signal, f"SIG{args.signal}"), args.longest, random.Random(args.seed))
+        hits = storm(stormy, flags, args.kills, SIGNALS[args.signal], args.longest, random.Random(args.seed))
         for folder in (stormy, calm):
             error = start(folder, flags).communicate()[1] if newest_step(folder) < args.max_steps else ""
             assert newest_step(folder) == args.max_steps, error
-        different = differences({k: newest(calm)[k] for k in ("model", "optimizers", "step", "best_val", "rng")}, newest(stormy))
+        wanted = {key: newest(calm)[key] for key in ("model", "optimizers", "step", "best_val", "rng")}
+        different = differences(wanted, newest(stormy))
         assert not different, f"{len(different)} places differ, first {different[0]}"
         assert logged(calm) == logged(stormy), "the logs differ"
-    print(f"{hits} kills: no checkpoint lost or unreadable, no log line lost or doubled; the end equals the undisturbed run bit for bit")
+    print(f"{hits} kills: no checkpoint lost or unreadable, no log line lost or doubled; "
+          "the end equals the undisturbed run bit for bit")
 
 
 def newest_step(folder):
