@@ -8,8 +8,8 @@ Train several variants with several seeds at one size on one data folder, and pu
     python paper/sweep.py --variants=base,exo --seeds=1,2 -- --n_layer=6 --max_steps=500      flags of train.py after --
 
 Each run is a `python train.py` in OUT_DIR/NAME. The same command again goes on where it stopped: finished runs are
-skipped, a stopped one is resumed. The table (OUT_DIR/table.md, table.json, curves.png) is compare.py's, rewritten after
-every run.
+skipped, a stopped one is resumed. After every run OUT_DIR gets table.md, table.json and curves.png of all that have
+finished, as compare.py makes them, and usage.png, as usage.py makes it.
 
 Sizes are matched as in the paper: --n_layer counts layers with the gate, and a variant without it gets 1.1 times as
 many (32 for 29), since its layer has 10 C^2 weights instead of 11.
@@ -32,6 +32,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 
 import compare
+import usage
 from model import VARIANTS, ConfigError, ExoFormer, count_parameters, flops_per_token
 from prepare_fineweb import InputError, atomic, find_shards, locked, shard_tokens
 from train import RunFolder, choose_data, clock, fresh_settings, parse_flags
@@ -149,16 +150,9 @@ def measure(job, steps=6):
     """(seconds of a step, seconds of starting up) of a job, from a few steps of it in a temporary folder."""
     model_config, config = configs_of(job)
     with tempfile.TemporaryDirectory() as folder:
-        command = job.command(
-            out_dir=os.path.join(folder, "run"),
-            max_steps=steps,
-            eval_every=0,
-            save_every=0,
-            sample_tokens=0,
-            eval_tokens=model_config.block_size,
-            final_eval_tokens=model_config.block_size,
-            compile=config.compile,
-        )
+        command = job.command(out_dir=os.path.join(folder, "run"), max_steps=steps, eval_every=0, save_every=0,
+                              sample_tokens=0, eval_tokens=model_config.block_size,
+                              final_eval_tokens=model_config.block_size, compile=config.compile)
         began = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True)
         wall = time.monotonic() - began
@@ -180,12 +174,8 @@ def cost_of(job):
     evaluated = min(config.eval_tokens or held_out, held_out) * (
         1 + steps // config.eval_every if config.eval_every else 1
     )
-    return (
-        count_parameters(model),
-        flops_per_token(model, model_config.block_size),
-        steps * config.total_batch_size,
-        evaluated + min(config.final_eval_tokens or held_out, held_out),
-    )
+    return (count_parameters(model), flops_per_token(model, model_config.block_size), steps * config.total_batch_size,
+            evaluated + min(config.final_eval_tokens or held_out, held_out))
 
 
 def seconds_of(cost, measured, measured_cost, tokens_per_step):
@@ -204,18 +194,14 @@ def dry_run(jobs):
     print(f"measuring a few steps of {todo[0].name} ...", flush=True)
     measured, reference = measure(todo[0]), cost_of(todo[0])
     tokens_per_step, total = configs_of(todo[0])[1].total_batch_size, 0
-    print(
-        f"{measured[0] * 1000:.0f} ms per step of {tokens_per_step} tokens, {measured[1]:.1f} s to start, "
-        f"{torch.get_num_threads()} threads"
-    )
+    print(f"{measured[0] * 1000:.0f} ms per step of {tokens_per_step} tokens, {measured[1]:.1f} s to start, "
+          f"{torch.get_num_threads()} threads")
     for job in jobs:
         state, cost = state_of(job), cost_of(job)
         seconds = 0 if state == "finished" else seconds_of(cost, measured, reference, tokens_per_step)
         total += seconds
-        print(
-            f"{job.name:44s} {state:9s} {cost[0]:>12,} parameters, {cost[2] if seconds else 0:>13,} tokens to train, "
-            f"{clock(seconds)}"
-        )
+        print(f"{job.name:44s} {state:9s} {cost[0]:>12,} parameters, {cost[2] if seconds else 0:>13,} tokens to train, "
+              f"{clock(seconds)}")
     print(f"{len(todo)} of {len(jobs)} runs to do, about {clock(total)} in all, if the machine stays as busy as now")
 
 
@@ -255,29 +241,23 @@ def run(jobs):
     for i, job in enumerate(todo):
         spent = time.monotonic() - began
         left = f", about {clock(spent / i * (len(todo) - i))} left" if i else ""
-        print(
-            f"=== run {len(jobs) - len(todo) + i + 1} of {len(jobs)}: {job.name} ({state_of(job)}); "
-            f"{clock(spent)} so far{left}",
-            flush=True,
-        )
+        print(f"=== run {len(jobs) - len(todo) + i + 1} of {len(jobs)}: {job.name} ({state_of(job)}); "
+              f"{clock(spent)} so far{left}", flush=True)
         code = train(job)
         if code == 3:
             diverged.append(job.name)
         elif code:
             tabulate(jobs, diverged)
             stopped = code < 0 or code > 128
-            print(
-                f"sweep.py: {job.name} {'was stopped' if stopped else 'failed'} (exit code {code}); the same command "
-                "goes on from there",
-                file=sys.stderr,
-            )
+            print(f"sweep.py: {job.name} {'was stopped' if stopped else 'failed'} (exit code {code}); the same command "
+                  "goes on from there", file=sys.stderr)
             sys.exit(code if code > 0 else 128 - code)
         tabulate(jobs, diverged)
     return diverged
 
 
 def tabulate(jobs, diverged=()):
-    """Write table.md, table.json and curves.png of the finished runs; returns the lines of the table."""
+    """Write table.md, table.json, curves.png and usage.png of the finished runs; returns the lines of the table."""
     finished = [job for job in jobs if state_of(job) == "finished"]
     missing = [f"diverged: {name}" for name in diverged]
     missing += [f"not finished: {job.name}" for job in jobs if job not in finished and job.name not in diverged]
@@ -285,10 +265,12 @@ def tabulate(jobs, diverged=()):
         return missing
     groups, base, rows, remarks = compare.summarise([job.folder for job in finished])
     lines = compare.markdown(rows) + [""] + remarks + missing
-    paths = [os.path.join(jobs[0].out_dir, name) for name in ("table.md", "table.json", "curves.png")]
+    paths = [os.path.join(jobs[0].out_dir, name) for name in ("table.md", "table.json", "curves.png", "usage.png")]
     compare.write(groups, base, rows, remarks + missing, paths[1], paths[2] if compare.can_draw() else "")
     with atomic(paths[0]) as file:
         file.write("\n".join(lines + [""]).encode())
+    if compare.can_draw():
+        usage.draw(groups, [usage.usage_of_group(group) for group in groups], paths[3])
     return lines
 
 
@@ -305,34 +287,24 @@ def names_in(known):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--setting", choices=SETTINGS, default="quarter_hour", help="size, tokens and seeds (default: quarter_hour)"
-    )
-    parser.add_argument(
-        "--variants",
-        type=names_in(VARIANTS),
-        default=SIX,
-        help=f"rows of Table 3, by commas (default: {','.join(SIX)})",
-    )
-    parser.add_argument(
-        "--ablation", choices=ABLATIONS, help="instead of --variants, one variant with a setting changed"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--setting", choices=SETTINGS, default="quarter_hour",
+                        help="size, tokens and seeds (default: quarter_hour)")
+    parser.add_argument("--variants", type=names_in(VARIANTS), default=SIX,
+                        help=f"rows of Table 3, by commas (default: {','.join(SIX)})")
+    parser.add_argument("--ablation", choices=ABLATIONS,
+                        help="instead of --variants, one variant with a setting changed")
     parser.add_argument(
         "--seeds", type=lambda text: [int(seed) for seed in text.split(",")], help="by commas (default: the setting's)"
     )
-    parser.add_argument(
-        "--data", default="", help="folder of token shards (default: train.py's, Python's own sources byte by byte)"
-    )
-    parser.add_argument(
-        "--out_dir", default="", help="folder of the runs and the table (default: out/sweep-SETTING[-ABLATION])"
-    )
+    parser.add_argument("--data", default="",
+                        help="folder of token shards (default: train.py's, Python's own sources byte by byte)")
+    parser.add_argument("--out_dir", default="",
+                        help="folder of the runs and the table (default: out/sweep-SETTING[-ABLATION])")
     parser.add_argument("--dry_run", action="store_true", help="train nothing; print what would run and how long")
-    parser.add_argument(
-        "train_flags", nargs="*", metavar="-- FLAG", help="flags of train.py, which override the setting's"
-    )
+    parser.add_argument("train_flags", nargs="*", metavar="-- FLAG",
+                        help="flags of train.py, which override the setting's")
     return parser.parse_args(argv)
 
 

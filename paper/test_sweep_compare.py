@@ -1,5 +1,5 @@
 """
-Tests of compare.py, sweep.py and six_tasks.py:  OMP_NUM_THREADS=1 python -m pytest -q paper/test_sweep_compare.py
+Tests of compare.py, usage.py, sweep.py and six_tasks.py:  OMP_NUM_THREADS=1 python -m pytest -q paper/test_sweep_compare.py
 
 No network. Tests that need lm_eval or matplotlib say so and are skipped where these are missing.
 """
@@ -25,6 +25,7 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 import compare
 import six_tasks
 import sweep
+import usage
 from model import VARIANTS, ExoFormer, variant_config
 from prepare_fineweb import InputError, get_tokenizer, write_shard
 from train import TrainConfig
@@ -42,16 +43,15 @@ def write_run(folder, points, variant=None, seed=1, ms=100.0, max_steps=None, mo
     with open(os.path.join(folder, "log.jsonl"), "w") as log:
         for tokens, loss in points:
             record = dict(step=tokens // 100, tokens=tokens, val_loss=loss, **(dict(ms=ms) if tokens else {}))
+            record |= dict(attention_sink=[0.1 * seed, loss], lambda_ratio=dict(v=[None, loss / seed]))
             log.write(json.dumps(record) + "\n")
     if variant:
         max_steps, config = max_steps or points[-1][0] // 100, variant_config(variant, **{**SMALL, **dict(model)})
         train_config = TrainConfig(
             **{"seed": seed, "max_steps": max_steps, "eval_tokens": 64, "final_eval_tokens": 64, **settings}
         )
-        torch.save(
-            dict(train_config=asdict(train_config), model_config=asdict(config)),
-            os.path.join(folder, f"ckpt_{points[-1][0] // 100:06d}.pt"),
-        )
+        torch.save(dict(train_config=asdict(train_config), model_config=asdict(config)),
+                   os.path.join(folder, f"ckpt_{points[-1][0] // 100:06d}.pt"))
     return str(folder)
 
 
@@ -95,19 +95,13 @@ def test_seeds_of_one_experiment_are_one_row_with_hand_computed_figures(tmp_path
 
 def test_what_differs_between_runs_of_a_variant_becomes_their_name(tmp_path):
     points = [(0, 8.0), (400, 4.0)]
-    runs = [
-        write_run(tmp_path / "a", points, "exo", 1),
-        write_run(tmp_path / "b", points, "exo", 1, optimizer="adamw"),
-        write_run(tmp_path / "c", points, "exo", 1, model=dict(lambda_init=0.25)),
-        write_run(tmp_path / "odd-seed3", points, "exo", 3, model=dict(anchor_norm="qk")),
-    ]
+    runs = [write_run(tmp_path / "a", points, "exo", 1),
+            write_run(tmp_path / "b", points, "exo", 1, optimizer="adamw"),
+            write_run(tmp_path / "c", points, "exo", 1, model=dict(lambda_init=0.25)),
+            write_run(tmp_path / "odd-seed3", points, "exo", 3, model=dict(anchor_norm="qk"))]
     labels = [row["label"] for row in compare.summarise(runs)[2]]
-    assert labels == [
-        "exo optimizer=muon lambda_init=None",
-        "exo optimizer=adamw lambda_init=None",
-        "exo optimizer=muon lambda_init=0.25",
-        "odd",
-    ]
+    assert labels == ["exo optimizer=muon lambda_init=None", "exo optimizer=adamw lambda_init=None",
+                      "exo optimizer=muon lambda_init=0.25", "odd"]
 
 
 def test_a_last_evaluation_on_other_tokens_stays_out_of_curve_and_ratio(tmp_path):
@@ -155,11 +149,9 @@ def test_the_picture_has_a_curve_for_every_group_and_labelled_axes(tmp_path, mon
 
     kept, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", kept.append)
-    runs = [
-        write_run(tmp_path / f"{v}{s}", [(0, 8.0), (200, 5.0 + s / 10), (400, 4.0)], v, s)
-        for v in ("base", "exo")
-        for s in (1, 2)
-    ]
+    runs = [write_run(tmp_path / f"{v}{s}", [(0, 8.0), (200, 5.0 + s / 10), (400, 4.0)], v, s)
+            for v in ("base", "exo")
+            for s in (1, 2)]
     compare.main(runs + [f"--png={tmp_path / 'c.png'}"])
     axes = kept[0].axes[0]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -167,6 +159,46 @@ def test_the_picture_has_a_curve_for_every_group_and_labelled_axes(tmp_path, mon
     assert list(axes.lines[1].get_ydata()) == pytest.approx([5.15, 4.0])
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     close(kept[0])
+
+
+# ---- usage ----
+
+
+def test_usage_is_the_mean_over_seeds_where_all_were_evaluated(tmp_path):
+    """Values by layer and evaluation; a layer that does not mix v has none, and no run here has a gate."""
+    two = dict(n_layer=2)
+    folders = [write_run(tmp_path / "a", [(0, 8.0), (100, 6.0), (200, 4.0)], "resformer", 1, model=two),
+               write_run(tmp_path / "b", [(0, 8.0), (200, 2.0)], "resformer", 2, model=two)]
+    group, = compare.group_runs([compare.read_run(folder) for folder in folders])
+    found = usage.usage_of_group(group)
+    assert set(found) == {"attention_sink", "v"}
+    assert found["v"][0].tolist() == [0, 200] and np.isnan(found["v"][1][0]).all()
+    np.testing.assert_allclose(found["v"][1][1], [(8 / 1 + 8 / 2) / 2, (4 / 1 + 2 / 2) / 2])
+    np.testing.assert_allclose(found["attention_sink"][1], [[0.15, 0.15], [8.0, 3.0]])
+    assert list(usage.table_of([group], [found]))[1].split() == ["resformer", "1.5750", "-", "-", "-", "2.5000", "-"]
+
+
+def test_usage_of_a_log_without_it_is_refused_in_one_line(tmp_path, capsys):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"step": 1, "tokens": 100, "val_loss": 4.0}\n')
+    with pytest.raises(SystemExit, match="old: its log does not say how layers use their anchor"):
+        usage.main([str(folder)])
+    with pytest.raises(SystemExit, match="nowhere/a.png: its folder does not exist"):
+        usage.main([str(folder), "--png=nowhere/a.png"])
+
+
+@needs_matplotlib
+def test_usage_picture_has_a_map_of_each_run_and_one_scale_for_each_column(tmp_path, monkeypatch):
+    maps, plain = [], usage.draw_map
+    monkeypatch.setattr(usage, "draw_map", lambda *given: maps.append(given[1:]) or plain(*given))
+    runs = [write_run(tmp_path / str(n), [(0, 1.0), (400, n)], "exo", 1, model=dict(n_layer=n)) for n in (2, 3)]
+    usage.main([*runs, f"--png={tmp_path / 'usage.png'}"])
+    assert [(tokens.tolist(), values[1].tolist()) for tokens, values, _ in maps] == [
+        ([0, 400], [1.0, n]) for _ in ("sink", "ratio of v") for n in (2, 3)]
+    scales = [tuple(limits) for *_, limits in maps]
+    assert scales[0] == scales[1] != scales[2] == scales[3] and scales[2][0] >= 1.0 and scales[2][1] <= 3.0
+    assert (tmp_path / "usage.png").stat().st_size > 10_000
 
 
 # ---- sweep ----
@@ -186,14 +218,8 @@ class FakeTrain:
         self.commands.append((name, flags.get("resume") == "true"))
         assert flags.get("resume") == "true" or not os.path.exists(os.path.join(flags["out_dir"], "log.jsonl"))
         loss = {"base": 4.0, "exo": 3.0}[flags["variant"]] + int(flags["seed"]) / 10
-        write_run(
-            flags["out_dir"],
-            [(0, 8.0), (100 * step, loss)],
-            flags["variant"],
-            int(flags["seed"]),
-            max_steps=int(flags["max_steps"]),
-            model=dict(n_layer=int(flags["n_layer"])),
-        )
+        write_run(flags["out_dir"], [(0, 8.0), (100 * step, loss)], flags["variant"], int(flags["seed"]),
+                  max_steps=int(flags["max_steps"]), model=dict(n_layer=int(flags["n_layer"])))
         return code
 
 
@@ -216,16 +242,8 @@ def data(tmp_path):
 
 
 def arguments(data, out, *flags):
-    return [
-        f"--data={data}",
-        f"--out_dir={out}",
-        "--variants=base,exo",
-        "--seeds=1,2",
-        *flags,
-        "--",
-        "--n_layer=10",
-        "--max_steps=20",
-    ]
+    return [f"--data={data}", f"--out_dir={out}", "--variants=base,exo", "--seeds=1,2", *flags, "--", "--n_layer=10",
+            "--max_steps=20"]
 
 
 NAMES = ["base-seed1", "exo-seed1", "base-seed2", "exo-seed2"]
@@ -274,14 +292,9 @@ def test_a_sweep_keeps_a_second_one_out_of_its_folder(tmp_path, data, monkeypatc
         sweep.main(arguments(data, tmp_path / "s"))
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--", "--seed=3"], "--seed: the sweep sets it itself"),
-        (["--", "--n_embd=7"], "n_embd=7"),
-        (["--", "--preset=paper"], "--preset: the sweep sets it"),
-    ],
-)
+@pytest.mark.parametrize("flags, message",
+                         [(["--", "--seed=3"], "--seed: the sweep sets it itself"), (["--", "--n_embd=7"], "n_embd=7"),
+                          (["--", "--preset=paper"], "--preset: the sweep sets it")])
 def test_what_train_would_refuse_is_refused_before_the_first_run(tmp_path, data, monkeypatch, flags, message):
     monkeypatch.setattr(sweep, "run_to_end", lambda command: pytest.fail("a run was started"))
     with pytest.raises(SystemExit, match=message):
@@ -325,20 +338,9 @@ def test_signals_reach_the_training_process_once(tmp_path):
 
 def test_a_dry_run_measures_and_a_sweep_of_real_training_finishes(tmp_path, data, capfd):
     flags = [f"--data={data}", f"--out_dir={tmp_path / 's'}", "--variants=exo", "--seeds=1"]
-    tiny = [
-        "--",
-        "--n_layer=1",
-        "--n_head=2",
-        "--n_embd=8",
-        "--block_size=16",
-        "--batch_size=2",
-        "--total_batch_size=32",
-        "--max_steps=4",
-        "--eval_every=2",
-        "--eval_tokens=32",
-        "--final_eval_tokens=32",
-        "--save_every=2",
-    ]
+    tiny = ["--", "--n_layer=1", "--n_head=2", "--n_embd=8", "--block_size=16", "--batch_size=2",
+            "--total_batch_size=32", "--max_steps=4", "--eval_every=2", "--eval_tokens=32", "--final_eval_tokens=32",
+            "--save_every=2"]
     sweep.main([*flags, "--dry_run", *tiny])
     said = capfd.readouterr().out
     assert "ms per step of 32 tokens" in said and "1 of 1 runs to do" in said and not (tmp_path / "s").exists()
@@ -465,27 +467,16 @@ def test_rolling_log_likelihood_predicts_every_token_once(batch_size):
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
-ARC = [
-    dict(
-        id="1",
-        question=dict(
-            stem="What barks?", choices=[dict(text=t, label=l) for t, l in zip(("cat", "dog", "a big cow"), "123")]
-        ),
-        answerKey="2",
-    ),
-    dict(
-        id="2",
-        question=dict(
-            stem="Which is hot?",
-            choices=[dict(text=t, label=l) for t, l in zip(("ice", "fire", "snow", "rain", "milk"), "ABCDE")],
-        ),
-        answerKey="B",
-    ),
-]
-WINOGRANDE = [
-    dict(sentence="The cup fell off the desk as _ was wet.", option1="cup", option2="desk", answer="1"),
-    dict(sentence="Ann paid Sue since _ had won.", option1="Ann", option2="Sue", answer="2"),
-]
+def arc(name, stem, options, labels, key):
+    """A question in the official format."""
+    choices = [dict(text=text, label=label) for text, label in zip(options, labels)]
+    return dict(id=name, question=dict(stem=stem, choices=choices), answerKey=key)
+
+
+ARC = [arc("1", "What barks?", ("cat", "dog", "a big cow"), "123", "2"),
+       arc("2", "Which is hot?", ("ice", "fire", "snow", "rain", "milk"), "ABCDE", "B")]
+WINOGRANDE = [dict(sentence="The cup fell off the desk as _ was wet.", option1="cup", option2="desk", answer="1"),
+              dict(sentence="Ann paid Sue since _ had won.", option1="Ann", option2="Sue", answer="2")]
 
 
 def write_lines(path, rows):
@@ -507,9 +498,8 @@ def items(tmp_path):
 def test_items_keep_three_and_five_options_and_numeric_labels(items):
     rows = six_tasks.read_arc(str(items / "arc/ARC-Easy-Test.jsonl"))
     assert [row["choices"]["label"] for row in rows] == [["1", "2", "3"], ["A", "B", "C", "D", "E"]]
-    assert rows[0] == dict(
-        question="What barks?", choices=dict(text=["cat", "dog", "a big cow"], label=["1", "2", "3"]), answerKey="2"
-    )
+    assert rows[0] == dict(question="What barks?",
+                           choices=dict(text=["cat", "dog", "a big cow"], label=["1", "2", "3"]), answerKey="2")
 
 
 def test_piqa_takes_its_labels_from_the_second_file_line_by_line(tmp_path):
