@@ -1,8 +1,9 @@
 """
 Compare runs of train.py by their logs: Figure 1b (validation loss over tokens), the final table, and how many fewer
-tokens a variant needs to reach the baseline's final loss (the paper's 1.5x and 1.84x).
+tokens a variant needs to reach a baseline's final loss (the abstracts: 1.84x for `base`, 1.5x for `gated`).
 
     python paper/compare.py out/paper-base out/paper-gated out/paper-exo_dynamic --png=figure_1b.png --out=compare.json
+    python paper/compare.py out/paper-gated out/paper-exo_dynamic --baseline=gated
 
 Runs that differ in their seed alone are one row and one curve: the mean, with the spread beside it. What else runs of
 one variant differ in (optimizer, lambda_init, ...) becomes part of their names.
@@ -31,10 +32,9 @@ from train import name_of
 
 # --------------------------------------------------------------------------------------------------------------- 1 runs
 
-NOT_THE_EXPERIMENT = set(
-    "seed out_dir resume device compile deterministic max_minutes batch_size save_every keep log_every "
-    "sample_tokens hellaswag_every".split()
-)
+NOT_THE_EXPERIMENT = set("""seed out_dir resume device compile deterministic max_minutes batch_size save_every keep
+    log_every sample_tokens hellaswag_every""".split())
+WHAT_IS_MEASURED = "data tokenizer vocab_size block_size mask_documents eval_tokens final_eval_tokens".split()
 
 
 @dataclass
@@ -57,6 +57,11 @@ class Run:
     @property
     def finished(self):
         return self.step >= self.settings.get("max_steps", self.step)
+
+    @property
+    def last(self):
+        """The last validation loss."""
+        return list(self.points.values())[-1]
 
     @property
     def experiment(self):
@@ -129,11 +134,6 @@ class Group:
     def variant(self):
         return self.runs[0].variant
 
-    @property
-    def losses(self):
-        """{seed: last validation loss}."""
-        return {run.settings.get("seed"): list(run.points.values())[-1] for run in self.runs}
-
     def curve(self):
         """[(tokens, mean loss, lowest, highest)] where all runs were evaluated, on the same validation tokens."""
         curves = [run.comparable() for run in self.runs]
@@ -146,6 +146,9 @@ def group_runs(runs):
     """[Group], in the order given; a label is the variant and whatever tells its experiments apart."""
     members = defaultdict(list)
     for run in runs:
+        for twin in members[run.experiment]:
+            if twin.settings.get("seed") == run.settings.get("seed"):
+                raise InputError(f"{twin.folder} and {run.folder} are one experiment with one seed; give one of them")
         members[run.experiment].append(run)
     by_variant = defaultdict(list)
     for some in members.values():
@@ -187,17 +190,28 @@ def token_ratio(group, baseline):
     return base[-1][0] / reached if reached else None
 
 
+def measured_otherwise(group, baseline):
+    """The settings that make a loss of `group` another quantity than one of `baseline`."""
+    return [name for name in WHAT_IS_MEASURED
+            if group.runs[0].settings.get(name) != baseline.runs[0].settings.get(name)]
+
+
 def difference(group, baseline):
-    """(mean, its standard error) of loss - baseline's loss over equal seeds, which read equal data; or None."""
-    pairs = [loss - baseline.losses[seed] for seed, loss in group.losses.items() if seed in baseline.losses]
+    """(mean, its standard error) of loss - baseline's loss over equal seeds, which read equal data; or None. Only of
+    runs that have come equally far: the last evaluation may be on more tokens than those before."""
+    far = {(run.settings.get("seed"), run.tokens, run.finished): run.last for run in baseline.runs}
+    mine = {(run.settings.get("seed"), run.tokens, run.finished): run.last for run in group.runs}
+    pairs = [loss - far[key] for key, loss in mine.items() if key in far]
     if not pairs:
         return None, None
     return statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
 
 
 def find_baseline(groups, asked):
-    """The group whose label or variant is `asked`, else the first."""
-    named = [g for g in groups if g.label == asked] + [g for g in groups if g.variant == asked]
+    """The group whose label or variant is `asked`; where nothing is, `base` or else the first."""
+    named = [g for g in groups if g.label == (asked or "base")] + [g for g in groups if g.variant == (asked or "base")]
+    if asked and not named:
+        raise InputError(f"--baseline={asked}: no run is of it; there are {', '.join(g.label for g in groups)}")
     return (named or groups)[0]
 
 
@@ -208,14 +222,14 @@ def rows_of(groups, baseline):
 
 def row_of(group, baseline):
     """One line of the table. spread, difference and token_ratio are None where there is nothing to compare."""
-    losses = list(group.losses.values())
-    mean_difference, error = difference(group, baseline) if group is not baseline else (None, None)
+    losses, same = [run.last for run in group.runs], not measured_otherwise(group, baseline)
+    mean_difference, error = difference(group, baseline) if same and group is not baseline else (None, None)
     return {"label": group.label, "variant": group.variant, "runs": len(group.runs),
             "parameters": group.runs[0].parameters, "layers": group.runs[0].settings.get("n_layer"),
             "tokens": min(run.tokens for run in group.runs), "val_loss": statistics.fmean(losses),
             "spread": statistics.stdev(losses) if len(losses) > 1 else None,
             "val_ppl": math.exp(statistics.fmean(losses)), "difference": mean_difference, "difference_error": error,
-            "token_ratio": token_ratio(group, baseline),
+            "token_ratio": token_ratio(group, baseline) if same else None,
             "tokens_per_second": statistics.fmean(run.tokens_per_second for run in group.runs)}
 
 
@@ -251,6 +265,10 @@ def notes(groups, baseline):
     """What the reader of the table must know."""
     yield (f"spread: standard deviation over seeds. loss - baseline ({baseline.label}): mean over equal seeds +- its "
            "standard error. tokens ratio: the baseline's tokens / tokens to reach its final loss.")
+    for group in groups:
+        other = [f"{name}={group.runs[0].settings.get(name)}" for name in measured_otherwise(group, baseline)]
+        if other:
+            yield f"{group.label}: not compared with the baseline, since it was measured with {', '.join(other)}"
     for run in (run for group in groups for run in group.runs):
         if not run.finished:
             yield f"NOT FINISHED: {run.folder} is at step {run.step} of {run.settings['max_steps']}"
@@ -336,7 +354,7 @@ def enlarge(axes, groups, start, unit):
         axes.set(xlim=(start / unit, None), ylim=(min(late) - margin, max(late) + margin), title="the end, enlarged")
 
 
-def summarise(folders, baseline="base"):
+def summarise(folders, baseline=""):
     """(groups, the baseline among them, table rows, remarks) of run folders."""
     groups = group_runs([read_run(folder) for folder in folders])
     base = find_baseline(groups, baseline)
@@ -363,7 +381,7 @@ def write(groups, base, rows, remarks, out="", png=""):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Compare runs of train.py by their logs.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; repetitions with other seeds are averaged")
-    parser.add_argument("--baseline", default="base",
+    parser.add_argument("--baseline", default="",
                         help="variant whose final loss is to be reached (default: base, else the first run)")
     parser.add_argument("--png", default="", help="write the picture of Figure 1b to this file")
     parser.add_argument("--out", default="", help="write table and curves to this JSON file")

@@ -5,14 +5,15 @@ Train several variants with several seeds at one size on one data folder, and pu
     python paper/sweep.py --setting=quarter_hour             six variants, one seed, on a CPU
     python paper/sweep.py --setting=overnight --data=DIR     six variants, three seeds
     python paper/sweep.py --ablation=lambda_init             one of the questions the paper leaves open
-    python paper/sweep.py --variants=base,exo --seeds=1,2 -- --n_layer=6 --max_steps=500      flags of train.py after --
+    python paper/sweep.py --variants=base,exo --seeds=1,2 -- --n_layer=20 --max_steps=500     flags of train.py after --
 
 Each run is a `python train.py` in OUT_DIR/NAME. The same command again goes on where it stopped: finished runs are
 skipped, a stopped one is resumed. After every run OUT_DIR gets table.md, table.json and curves.png of all that have
 finished, as compare.py makes them, and usage.png, as usage.py makes it.
 
 Sizes are matched as in the paper: --n_layer counts layers with the gate, and a variant without it gets 1.1 times as
-many (32 for 29), since its layer has 10 C^2 weights instead of 11.
+many (32 for 29), since its layer has 10 C^2 weights instead of 11; that comes out even for multiples of 10. Exogenous
+anchors are 4 C^2 weights on top, which is 0.9 % of the paper's 29 layers but 4 % of 10: see the column of parameters.
 """
 
 import argparse
@@ -51,10 +52,10 @@ SETTINGS = {  # (seeds, train.py flags on top of --preset=smoke); every evaluati
                                   sample_tokens=0)),
 }
 
-ABLATIONS = {  # questions the paper leaves open: (variant, the flags that change)
+ABLATIONS = {  # questions the paper leaves open: (variant, the flags that change); the first is the paper's way
     "optimizer": [(variant, dict(optimizer=name)) for variant in ("base", "exo_dynamic") for name in ("muon", "adamw")],
-    "lambda_init": [("exo", dict(lambda_init=value)) for value in (0.0, 0.25, 0.5, 1.0)],
-    "anchor_norm": [("exo", dict(anchor_norm=letters)) for letters in ("", "q", "k", "v", "g", "qk", "vg", "qkvg")],
+    "lambda_init": [("exo", dict(lambda_init=value)) for value in (0.5, 0.0, 0.25, 1.0)],
+    "anchor_norm": [("exo", dict(anchor_norm=letters)) for letters in ("qkvg", "", "q", "k", "v", "g", "qk", "vg")],
     "norm_position": [(variant, dict(norm_position=place)) for variant in ("base", "exo") for place in ("pre", "post")],
 }
 
@@ -112,7 +113,7 @@ def plan(args):
     ours += [name for name, value in (("variant", variant), ("preset", preset)) if value]
     if ours:
         raise InputError(f"-- --{ours[0]}: the sweep sets it itself; see --variants, --seeds, --data and --out_dir")
-    flags = {**flags, **given, "data": args.data or choose_data("smoke", False)}
+    flags = {**flags, **given, "data": args.data or choose_data("smoke")}
     experiments = ABLATIONS[args.ablation] if args.ablation else [(variant, {}) for variant in args.variants]
     out_dir = args.out_dir or f"out/sweep-{args.setting}" + (f"-{args.ablation}" if args.ablation else "")
     return make_jobs(experiments, args.seeds or seeds, flags, out_dir)
@@ -136,6 +137,15 @@ def state_of(job):
     if saved and "val_loss" in record and record["step"] >= job.settings["max_steps"]:
         return "finished"
     return "stopped" if saved else "new"
+
+
+def check_same(job):
+    """InputError if the run in the job's folder was begun with other settings than the job has now."""
+    old, new = compare.read_settings(job.folder), {**vars(configs_of(job)[0]), **vars(configs_of(job)[1])}
+    for name in sorted(set(old) & set(new) - compare.NOT_THE_EXPERIMENT):
+        if old[name] != new[name]:
+            raise InputError(f"{job.folder} holds a run with {name}={old[name]}, but now {name}={new[name]}: "
+                             "choose another --out_dir, or remove that run")
 
 
 # ------------------------------------------------------------------------------------------------------------- 2 timing
@@ -248,9 +258,9 @@ def run(jobs):
             diverged.append(job.name)
         elif code:
             tabulate(jobs, diverged)
-            stopped = code < 0 or code > 128
-            print(f"sweep.py: {job.name} {'was stopped' if stopped else 'failed'} (exit code {code}); the same command "
-                  "goes on from there", file=sys.stderr)
+            what = ("was stopped; the same command goes on from there" if code < 0 or code > 128 else
+                    f"failed with exit code {code}; its last line says why")
+            print(f"sweep.py: {job.name} {what}", file=sys.stderr)
             sys.exit(code if code > 0 else 128 - code)
         tabulate(jobs, diverged)
     return diverged
@@ -286,18 +296,23 @@ def names_in(known):
     return parse
 
 
+def seeds_in(text):
+    """An argparse type: whole numbers separated by commas, each once."""
+    if not all(seed.isdecimal() for seed in text.split(",")) or len(set(text.split(","))) < len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different whole numbers like 1,2,3")
+    return [int(seed) for seed in text.split(",")]
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--setting", choices=SETTINGS, default="quarter_hour",
                         help="size, tokens and seeds (default: quarter_hour)")
-    parser.add_argument("--variants", type=names_in(VARIANTS), default=SIX,
-                        help=f"rows of Table 3, by commas (default: {','.join(SIX)})")
-    parser.add_argument("--ablation", choices=ABLATIONS,
-                        help="instead of --variants, one variant with a setting changed")
-    parser.add_argument(
-        "--seeds", type=lambda text: [int(seed) for seed in text.split(",")], help="by commas (default: the setting's)"
-    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--variants", type=names_in(VARIANTS), default=SIX,
+                      help=f"rows of Table 3, by commas (default: {','.join(SIX)})")
+    what.add_argument("--ablation", choices=ABLATIONS, help="instead of --variants, one variant with a setting changed")
+    parser.add_argument("--seeds", type=seeds_in, help="by commas (default: the setting's)")
     parser.add_argument("--data", default="",
                         help="folder of token shards (default: train.py's, Python's own sources byte by byte)")
     parser.add_argument("--out_dir", default="",
@@ -315,9 +330,8 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(jobs)
         with locked(jobs[0].out_dir):
-            for job in jobs:
-                # a setting that cannot be is refused before the first run
-                configs_of(job)
+            for job in jobs:                               # what cannot be is refused before the first run
+                check_same(job)
             diverged = run(jobs)
             print("\n".join(tabulate(jobs, diverged)))
     except (InputError, ConfigError) as error:

@@ -25,10 +25,11 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 import compare
 import six_tasks
 import sweep
+import train
 import usage
 from model import VARIANTS, ExoFormer, variant_config
 from prepare_fineweb import InputError, get_tokenizer, write_shard
-from train import TrainConfig
+from train import TrainConfig, fresh_settings, parse_flags
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 needs_matplotlib = pytest.mark.skipif(not compare.can_draw(), reason="matplotlib is not installed")
@@ -161,6 +162,32 @@ def test_the_picture_has_a_curve_for_every_group_and_labelled_axes(tmp_path, mon
     close(kept[0])
 
 
+@pytest.mark.parametrize("other", [dict(data="elsewhere"), dict(eval_tokens=96, final_eval_tokens=96)])
+def test_losses_on_other_data_are_not_compared(tmp_path, other):
+    runs = [write_run(tmp_path / "base", [(0, 8.0), (400, 4.0)], "base"),
+            write_run(tmp_path / "exo", [(0, 8.0), (400, 3.0)], "exo", **other)]
+    _, _, rows, remarks = compare.summarise(runs)
+    assert rows[1]["val_loss"] == 3.0 and rows[1]["difference"] is None and rows[1]["token_ratio"] is None
+    assert any(f"exo: not compared with the baseline, since it was measured with {list(other)[0]}=" in remark
+               for remark in remarks)
+
+
+def test_a_loss_half_way_is_not_subtracted_from_a_final_one(tmp_path):
+    """Half way the evaluation may have been on fewer tokens."""
+    runs = [write_run(tmp_path / "base", [(0, 8.0), (400, 4.0)], "base"),
+            write_run(tmp_path / "exo", [(0, 8.0), (200, 5.0)], "exo", max_steps=4)]
+    assert compare.summarise(runs)[2][1]["difference"] is None
+
+
+def test_a_baseline_that_is_not_there_and_a_run_given_twice_are_refused(tmp_path):
+    run = write_run(tmp_path / "exo", [(0, 8.0), (400, 4.0)], "exo")
+    twin = write_run(tmp_path / "again", [(0, 8.0), (400, 3.0)], "exo")
+    with pytest.raises(SystemExit, match="--baseline=gatd: no run is of it; there are exo"):
+        compare.main([run, "--baseline=gatd"])
+    with pytest.raises(SystemExit, match="exo and .*again are one experiment with one seed"):
+        compare.main([run, twin])
+
+
 # ---- usage ----
 
 
@@ -218,8 +245,10 @@ class FakeTrain:
         self.commands.append((name, flags.get("resume") == "true"))
         assert flags.get("resume") == "true" or not os.path.exists(os.path.join(flags["out_dir"], "log.jsonl"))
         loss = {"base": 4.0, "exo": 3.0}[flags["variant"]] + int(flags["seed"]) / 10
-        write_run(flags["out_dir"], [(0, 8.0), (100 * step, loss)], flags["variant"], int(flags["seed"]),
-                  max_steps=int(flags["max_steps"]), model=dict(n_layer=int(flags["n_layer"])))
+        write_run(flags["out_dir"], [(0, 8.0), (100 * step, loss)])
+        model_config, config = fresh_settings(*parse_flags([part for part in command[2:] if "resume" not in part]))
+        torch.save(dict(train_config=asdict(config), model_config=asdict(model_config)),
+                   os.path.join(flags["out_dir"], f"ckpt_{step:06d}.pt"))
         return code
 
 
@@ -284,6 +313,32 @@ def test_a_diverged_run_is_named_and_the_others_go_on(tmp_path, data, monkeypatc
     sweep.main(arguments(data, tmp_path / "s"))
     assert "diverged: exo-seed1" in capsys.readouterr().out
     assert [r["runs"] for r in json.loads((tmp_path / "s" / "table.json").read_text())["rows"]] == [2, 1]
+
+
+def test_a_folder_with_a_run_of_other_settings_is_refused(tmp_path, data, monkeypatch):
+    """Else a finished run would be taken for one of the new sweep."""
+    stand_in(monkeypatch, FakeTrain({}))
+    sweep.main(arguments(data, tmp_path / "s"))
+    monkeypatch.setattr(sweep, "run_to_end", lambda command: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit, match="base-seed1 holds a run with muon_lr=0.01, but now muon_lr=0.5"):
+        sweep.main([*arguments(data, tmp_path / "s"), "--muon_lr=0.5"])
+    sweep.main([*arguments(data, tmp_path / "s"), "--log_every=7"])               # changes nothing that is measured
+
+
+def test_without_data_a_sweep_learns_pythons_own_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "write_default_shards", lambda folder: os.makedirs(folder))
+    jobs = sweep.plan(sweep.parse_arguments(["--variants=exo"]))
+    assert [job.settings["data"] for job in jobs] == ["data/python_stdlib"]
+
+
+@pytest.mark.parametrize("flags, words", [(["--seeds=1,1"], "different whole numbers"),
+                                          (["--seeds=x"], "different whole numbers"),
+                                          (["--ablation=optimizer", "--variants=exo"], "not allowed with")])
+def test_usage_errors_are_one_line(capsys, flags, words):
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(flags)
+    assert words in capsys.readouterr().err
 
 
 def test_a_sweep_keeps_a_second_one_out_of_its_folder(tmp_path, data, monkeypatch):
