@@ -193,6 +193,16 @@ def variant_config(variant, **overrides):
     return ModelConfig(**{**VARIANTS[variant], **overrides})
 
 
+def variant_name(config):
+    """The --variant whose axes a ModelConfig has, whatever its sizes; "custom" where Table 3 has no such row."""
+    ignored = {"n_layer", "granularity"} if config.anchor == "none" else {"n_layer"}     # nothing is mixed: no lambdas
+    for name, row in VARIANTS.items():
+        axes = {**row, "qk_norm": True, "norm_position": "pre"}
+        if all(vars(config)[axis] == value for axis, value in axes.items() if axis not in ignored):
+            return name
+    return "custom"
+
+
 # -------------------------------------------------------------------------------------------------------------- 2 parts
 
 class RMSNorm(nn.Module):
@@ -575,8 +585,7 @@ class ExoFormer(nn.Module):
 
         Every key must be used, or be one that the released forward pass never reads. ConfigError otherwise.
         """
-        theirs = {re.sub(r"\.([vg])_res_norm\.", r".\1_norm.", key.removeprefix("_orig_mod.")): value
-                  for key, value in state_dict.items()}
+        theirs = released_names(state_dict)
         config = released_config(theirs, n_head, anchor_norm, block_size=block_size, **settings)
         model = cls(config)
         model.load_state_dict(translate_released(theirs, model.state_dict(), config))
@@ -735,6 +744,12 @@ DEAD_IN_RELEASED = (  # tensors the released files carry but their forward pass 
     r"transformer\.layers\.0\.attn\.(lambda_[qkvg][12]|dynamic_mixing\..*)",     # an internal anchor's own layer
     r"anchor_[qkvg]_norm\.weight",                                        # of a component that is not mixed
 )
+
+
+def released_names(state):
+    """A released state dict without torch.compile's prefix, and with one name for the norms of v and g anchors."""
+    return {re.sub(r"\.([vg])_res_norm\.", r".\1_norm.", key.removeprefix("_orig_mod.")): tensor
+            for key, tensor in state.items()}
 
 
 def released_config(state, n_head, anchor_norm, **settings):

@@ -166,6 +166,13 @@ def test_table_3_has_its_18_rows():
     assert list(VARIANTS) == list(M.TABLE_3) and len({str(row) for row in VARIANTS.values()}) == 18
 
 
+def test_a_configuration_tells_its_row_of_table_3():
+    assert [M.variant_name(variant_config(name, n_layer=3, n_embd=64)) for name in VARIANTS] == list(VARIANTS)
+    assert M.variant_name(variant_config("gated", granularity="scalar")) == "gated"
+    for other in (dict(norm_position="post"), dict(qk_norm=False), dict(mix="qk", anchor_norm="qk")):
+        assert M.variant_name(variant_config("exo", **other)) == "custom"
+
+
 def test_flops_per_token_match_a_count_of_matrix_products():
     from torch.utils.flop_counter import FlopCounterMode
     model, idx = tiny("exo_dynamic", vocab_size=64), tokens(2, 40, high=64)

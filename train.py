@@ -36,7 +36,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import (VARIANTS, Causal, Checked, ConfigError, ExoFormer, Linear, ModelConfig, count_parameters,
-                   flops_per_token, generate, read_checkpoint, save_checkpoint, setting)
+                   flops_per_token, generate, read_checkpoint, save_checkpoint, setting, variant_name)
 from muon import Muon, polar_express
 from prepare_fineweb import (InputError, find_shards, get_tokenizer, read_meta, read_window, shard_tokens,
                              write_default_shards)
@@ -96,7 +96,7 @@ class TrainConfig(Checked):
         value = vars(self)
         choices = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16", "pure_bfloat16"),
                        compile=("auto", "true", "false"), deterministic=("auto", "true", "false"),
-                       optimizer=("muon", "adamw"), muon_dtype=("bfloat16", "float32"))
+                       optimizer=("muon", "adamw"), muon_dtype=ITERATION_DTYPES)
         for name, allowed in choices.items():
             yield value[name] not in allowed, f"--{name}={value[name]} must be one of {', '.join(allowed)}"
         for name in ("max_steps", "batch_size", "total_batch_size", "keep", "log_every"):
@@ -459,6 +459,9 @@ def build_model(model_config, config):
     return model.to(config.device)
 
 
+ITERATION_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
 def build_optimizers(model, config):
     """[Muon, AdamW] or [AdamW]: every parameter in exactly one group."""
     matrices = [m for name, m in model.named_modules() if isinstance(m, Linear) and name != "head"]
@@ -473,7 +476,7 @@ def build_optimizers(model, config):
         by_parts.setdefault(1 if config.muon_fused else m.parts, []).append(m.weight)
     groups = [dict(params=params, parts=parts) for parts, params in by_parts.items()]
     muon = Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay, beta2=config.muon_beta2 or None,
-                polar=functools.partial(TEAM.polar, dtype=getattr(torch, config.muon_dtype)))
+                polar=functools.partial(TEAM.polar, dtype=ITERATION_DTYPES[config.muon_dtype]))
     return [muon, torch.optim.AdamW([dict(params=others)], weight_decay=0.0, **adamw)]
 
 
@@ -738,13 +741,14 @@ def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d}:{int(seconds) % 60:02d}"
 
 
-def announce(trainer, variant_name):
+def announce(trainer):
     """What is about to happen, before it does."""
     config, model_config = trainer.config, trainer.model_config
     tokens, epoch = config.max_steps * config.total_batch_size, len(trainer.train) * model_config.block_size
     n, flops = count_parameters(trainer.model), flops_per_token(trainer.model, model_config.block_size)
-    say(f"model      {variant_name}: {n:,} parameters, {model_config.n_layer} layers, C {model_config.n_embd}, "
-        f"{model_config.n_head} heads, context {model_config.block_size}, vocabulary {model_config.vocab_size}")
+    say(f"model      {variant_name(model_config)}: {n:,} parameters, {model_config.n_layer} layers, "
+        f"C {model_config.n_embd}, {model_config.n_head} heads, context {model_config.block_size}, "
+        f"vocabulary {model_config.vocab_size}")
     for optimizer in trainer.optimizers:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         say(f"{type(optimizer).__name__:10s} {len(params)} tensors, {sum(p.numel() for p in params):,} numbers")
@@ -948,7 +952,7 @@ def prepare(argv):
     if checkpoint:
         trainer.load_state(checkpoint)
     folder.open_log(checkpoint["log_size"] if checkpoint else 0)
-    announce(trainer, name_of(model_config))
+    announce(trainer)
     return trainer, folder
 
 
@@ -971,13 +975,6 @@ def resume(variant, preset, given):
     checkpoint = checkpoint or read_checkpoint(path)
     say(f"continuing {path} after step {checkpoint['step']}")
     return *resumed_settings(variant, given, checkpoint), folder, checkpoint
-
-
-def name_of(model_config):
-    """The --variant whose axes a configuration has, or its axes where none has."""
-    axes = ("gate", "anchor", "mix", "anchor_norm", "granularity", "dynamic")
-    mine = {axis: vars(model_config)[axis] for axis in axes}
-    return next((name for name, row in VARIANTS.items() if all(row[axis] == mine[axis] for axis in axes)), str(mine))
 
 
 def main():

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from model import VARIANTS, Causal, ConfigError, count_parameters
+from model import Causal, ConfigError, count_parameters, variant_name
 from prepare_fineweb import InputError, find_shards, read_meta
-from train import Tokens, attention_weights, clock, name_of
+from train import Tokens, attention_weights, clock
 
 SPARSE_GATE, NEAR_ZERO_LAMBDA, CORE_VARIANCE = 0.2, 0.001, 0.99
 MAP_SIDE = 96                       # tokens, evenly spaced over a row, that a token-similarity heat map shows
@@ -240,14 +240,6 @@ def analyse(model, windows, dtype="float32", ablate_anchor=False, progress=lambd
         hidden_similarity=watch.hidden_similarity(), lambdas=lambda_usage(model), gammas=watch.gamma_by_layer(),
         token_maps=dict(positions=positions_shown(windows.size(1) - 1).tolist(), layers=list(maps),
                         maps=list(maps.values())))
-
-
-def variant_name(config):
-    """The --variant name of a configuration by its axes, "custom" where Table 3 has no such row."""
-    if config.anchor == "none":                            # nothing is mixed, so the shape of a lambda means nothing
-        config = replace(config, granularity="elementwise")
-    name = name_of(config)
-    return name if name in VARIANTS else "custom"
 
 
 def validation_windows(folder, config, rows=0, block_size=0):

@@ -9,9 +9,9 @@ How fast and how large: every number from one process, interleaved, so that rati
 Say the machine, the torch version, the command and the commit beside any figure you quote; the first line prints them.
 """
 import argparse
+import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,15 +30,14 @@ from model import ConfigError, ExoFormer, flops_per_token, variant_config
 from prepare_fineweb import InputError
 
 
-def print_circumstances():
+def print_circumstances(device):
     """Machine, versions and commit: what a figure means nothing without."""
     describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                      platform.processor())
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"{processor}, {torch.get_num_threads()} threads"
-    print(f"{device} | torch {torch.__version__} | commit {commit} | load {os.getloadavg()[0]:.1f} | "
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{processor}, {torch.get_num_threads()} threads"
+    print(f"{where} | torch {torch.__version__} | commit {commit} | load {os.getloadavg()[0]:.1f} | "
           f"{' '.join(sys.argv)}", flush=True)
 
 
@@ -94,11 +93,11 @@ class Contender:
 def bench_model(args):
     """Forward + backward and optimizer step of each variant, interleaved; medians of paired ratios to `gated`."""
     contenders = {variant: Contender(variant, args) for variant in dict.fromkeys(["gated", *args.variants])}
-    tokens, peak_memory = args.batch_size * args.block_size, {}
+    tokens, peak_bytes = args.batch_size * args.block_size, {}
     for variant, contender in contenders.items():
-        began = time.perf_counter()
+        began, before = time.perf_counter(), allocated(args.device)
         contender.forward_backward(), contender.optimizer_step()
-        peak_memory[variant] = memory(args.device)
+        peak_bytes[variant] = allocated(args.device, peak=True) - before
         print(f"warmed up {variant} in {time.perf_counter() - began:.0f} s", flush=True)
     passes, steps, products = {v: [] for v in contenders}, {v: [] for v in contenders}, []
     for _ in range(args.rounds):
@@ -110,22 +109,24 @@ def bench_model(args):
     print(f"matrix product {best / 1e9:,.0f} GFLOP/s; {args.rounds} rounds; "
           "ratios: median of the rounds' ratios to gated (of the minima)")
     print(f"{'variant':14s}{'fwd+bwd ms':>12s}{'ratio':>8s}{'(min)':>8s}{'optimizer ms':>14s}{'tokens/s':>11s}"
-          f"{'MFU':>7s}{'peak MB':>9s}")
+          f"{'MFU':>7s}{'MB':>9s}")
     for variant, contender in contenders.items():
         ratio = statistics.median(a / b for a, b in zip(passes[variant], passes["gated"]))
         seconds, flops = min(passes[variant]), flops_per_token(contender.model, args.block_size) * tokens
         print(f"{variant:14s}{1e3 * seconds:12.1f}{ratio:8.3f}{seconds / min(passes['gated']):8.3f}"
               f"{1e3 * min(steps[variant]):14.1f}{tokens / seconds:11,.0f}"
-              f"{flops / seconds / best:7.1%}{peak_memory[variant] / 1e6:9,.0f}", flush=True)
+              f"{flops / seconds / best:7.1%}{peak_bytes[variant] / 1e6:9,.0f}", flush=True)
+    if args.device == "cuda":
+        print("MB: the first step's peak beyond all weights: activations, gradients, optimizer states")
 
 
-def memory(device):
-    """Peak bytes so far: of the device since the last call on CUDA; of the whole process, ever, on a CPU."""
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def allocated(device, peak=False):
+    """Bytes in use on the CUDA device, now or at the most since the last such question; nan elsewhere."""
+    if device != "cuda":
+        return math.nan
+    in_use = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return in_use
 
 
 def bench_muon(args):
@@ -187,7 +188,7 @@ def parse_args():
 
 if __name__ == "__main__":
     arguments = parse_args()
-    print_circumstances()
+    print_circumstances(vars(arguments).get("device", "cpu"))               # tokenising and scoring run on the CPU
     try:
         arguments.run(arguments)
     except (KeyError, ConfigError, InputError) as error:

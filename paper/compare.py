@@ -26,9 +26,8 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from model import VARIANTS, ExoFormer, ModelConfig, count_parameters
+from model import VARIANTS, ExoFormer, ModelConfig, count_parameters, variant_name
 from prepare_fineweb import InputError, atomic
-from train import name_of
 
 # --------------------------------------------------------------------------------------------------------------- 1 runs
 
@@ -116,7 +115,7 @@ def read_run(folder):
         )
         with torch.device("meta"):
             parameters = count_parameters(ExoFormer(config))
-        variant = name_of(config) if name_of(config) in VARIANTS else ""
+        variant = variant_name(config) if variant_name(config) in VARIANTS else ""
     rates = [record["tokens"] / record["step"] / record["ms"] * 1000 for record in records if record.get("ms")]
     points = {record["tokens"]: record["val_loss"] for record in records if "val_loss" in record}
     return Run(folder, settings, variant, parameters, points, records[-1]["tokens"], records[-1]["step"],
@@ -223,6 +222,7 @@ def rows_of(groups, baseline):
 def row_of(group, baseline):
     """One line of the table. spread, difference and token_ratio are None where there is nothing to compare."""
     losses, same = [run.last for run in group.runs], not measured_otherwise(group, baseline)
+    speed = statistics.fmean(run.tokens_per_second for run in group.runs)
     mean_difference, error = difference(group, baseline) if same and group is not baseline else (None, None)
     return {"label": group.label, "variant": group.variant, "runs": len(group.runs),
             "parameters": group.runs[0].parameters, "layers": group.runs[0].settings.get("n_layer"),
@@ -230,7 +230,7 @@ def row_of(group, baseline):
             "spread": statistics.stdev(losses) if len(losses) > 1 else None,
             "val_ppl": math.exp(statistics.fmean(losses)), "difference": mean_difference, "difference_error": error,
             "token_ratio": token_ratio(group, baseline) if same else None,
-            "tokens_per_second": statistics.fmean(run.tokens_per_second for run in group.runs)}
+            "tokens_per_second": speed if math.isfinite(speed) else None}
 
 
 def show(value, style="{:.4f}"):
@@ -342,7 +342,8 @@ def draw(groups, baseline, path):
     bands = ", bands: lowest to highest seed" if any(len(group.runs) > 1 for group in groups) else ""
     whole.set_title("whole run" + bands)
     whole.legend(fontsize=9, handlelength=4)
-    figure.savefig(path, dpi=150)
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
 
 
@@ -393,7 +394,7 @@ def main(argv=None):
         groups, base, rows, remarks = summarise(args.runs, args.baseline)
         print("\n".join(markdown(rows) + [""] + remarks))
         write(groups, base, rows, remarks, args.out, args.png)
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"compare.py: {error}")
 
 

@@ -3,14 +3,16 @@ A checkpoint of the paper's released code: fetch it, say what it is, measure it,
 
     python paper/released.py PATH
     python paper/released.py https://HOST/PATH/FILE.pt
-    python paper/released.py OWNER/REPO --file=NAME.pt --data=data/fineweb_edu10B --save=out/released/exo.pt
+    python paper/released.py Jonnester/Baseline --file=ckpt_step:38146.pt --data=data/fineweb_edu10B --save=base.pt
+
+The last is the paper's baseline as the README of the released code names it; the other models lie beside it, at
+https://huggingface.co/Jonnester. Downloads go to --folder, each under its own address.
 
 Loading is verified against the released CODE: for every family its logits, gradients and key names agree with ours on
 small random weights (test_model.py). It is not verified against the released WEIGHTS, which nobody here had: if the
 perplexity below is not the one Table 3 prints for the variant, believe the perplexity.
 """
 import argparse
-import math
 import os
 import re
 import sys
@@ -18,15 +20,14 @@ import threading
 from dataclasses import asdict
 from urllib.parse import unquote, urlsplit
 
-import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from analysis import Countdown, cross_entropy, validation_windows, variant_name
-from model import (TABLE_3, ConfigError, ExoFormer, count_parameters, read_checkpoint, save_checkpoint,
-                   translate_released)
-from prepare_fineweb import Hub, InputError, Retry, again, get_tokenizer, locked, origin, settle, size_of
-from train import true_or_false
+from analysis import Countdown
+from model import (TABLE_3, ConfigError, ExoFormer, count_parameters, read_checkpoint, released_names, save_checkpoint,
+                   translate_released, variant_name)
+from perplexity import add_arguments, print_perplexity
+from prepare_fineweb import Hub, InputError, Retry, again, locked, origin, settle, size_of
 
 CHUNK = 1 << 20                     # bytes written at a time
 
@@ -34,21 +35,28 @@ CHUNK = 1 << 20                     # bytes written at a time
 # --------------------------------------------------------------------------------------------------------------- fetch
 
 def fetch(source, name, folder, backoff=1.0):
-    """The path of a local checkpoint, or of the copy in `folder` of the one at a URL or hub repository. InputError when
-    it cannot be had. An interrupted download goes on where it stopped, a finished one is not repeated."""
+    """The path of a local checkpoint, or of the copy in `folder` of the one at a URL or hub repository: folder/ADDRESS,
+    since the files of several models have one name. InputError when it cannot be had. An interrupted download goes on
+    where it stopped, a finished one is not repeated."""
     if os.path.exists(source):
         return source
     if "://" not in source and not (name and re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
         raise InputError(f"{source}: no such file, and not a URL; for a hub repository OWNER/REPO give --file=NAME too")
     hub = Hub()
     address = url_address(hub, source) if "://" in source else f"{source}/resolve/main/{name}"
-    path = os.path.join(folder, os.path.basename(name or unquote(urlsplit(source).path)))
-    with locked(folder):
+    url = urlsplit(source)
+    path = os.path.join(folder, *plain_names(url.netloc + unquote(url.path) if url.netloc else f"{source}/{name}"))
+    with locked(os.path.dirname(path)):
         if not os.path.exists(path):
             again(os.path.basename(path), lambda: transfer(hub, address, f"{path}.part"), threading.Event(), backoff,
                   progress=lambda: size_of(f"{path}.part"))
-            settle(whole(f"{path}.part"), path)
+            settle(f"{path}.part", path)
     return path
+
+
+def plain_names(address):
+    """The parts of an address as names of folders and a file, none of which leads elsewhere."""
+    return [part for part in address.split("/") if part not in ("", ".", "..")]
 
 
 def url_address(hub, url):
@@ -78,16 +86,6 @@ def transfer(hub, address, part):
         raise Retry(f"the connection ended at byte {size_of(part)} of {size}")
 
 
-def whole(part):
-    """The path itself, if what lies there is a whole checkpoint; otherwise it is removed and InputError says so."""
-    try:
-        read_checkpoint(part)
-    except ConfigError as error:
-        os.remove(part)
-        raise InputError(f"what came is no checkpoint: {error}") from None
-    return part
-
-
 # -------------------------------------------------------------------------------------------------------------- report
 
 class Watched(dict):
@@ -106,7 +104,7 @@ def load(path, n_head=None, anchor_norm=None):
     """(checkpoint dict, model) of a released file. ConfigError when it is none."""
     checkpoint = read_checkpoint(path)
     if "model_config" in checkpoint:
-        raise ConfigError(f"{path} is in this project's own format already; use it as it is")
+        raise ConfigError(f"{path} is in this project's own format already; use it as it is (paper/perplexity.py)")
     trained_with = checkpoint.get("model_args", {})
     settings = {name: trained_with[name] for name in ("block_size", "rope_theta") if name in trained_with}
     state = checkpoint.get("model", checkpoint)
@@ -118,11 +116,6 @@ def unused_tensors(checkpoint, model):
     state = Watched(released_names(checkpoint.get("model", checkpoint)))
     translate_released(state, model.state_dict(), model.config)
     return sorted(set(state) - state.used)
-
-
-def released_names(state):
-    """The keys as model.py's loader reads them: no prefix of torch.compile, one name for the norms of v and g."""
-    return {re.sub(r"\.([vg])_res_norm\.", r".\1_norm.", key.removeprefix("_orig_mod.")): t for key, t in state.items()}
 
 
 def describe(path, checkpoint, model):
@@ -148,30 +141,6 @@ def shortened(names, most=6):
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-@torch.no_grad()
-def perplexity(model, windows, eot, dtype="float32", mask_documents=True):
-    """exp of the mean cross-entropy over all targets of windows (rows, T + 1), without z; each window by itself."""
-    device, total = model.embed.weight.device, 0.0
-    report = Countdown("perplexity", len(windows), "windows")
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        for i, window in enumerate(windows):
-            idx = torch.as_tensor(window.astype("int64"), device=device)[None]
-            docs = (idx[:, :-1] == eot).cumsum(1) if mask_documents else None
-            total += cross_entropy(model, idx, docs)
-            report(i + 1)
-    return math.exp(total / windows[:, 1:].size)
-
-
-def evaluate(model, args):
-    """Print the validation perplexity beside the paper's."""
-    windows = validation_windows(args.data, model.config, args.windows)
-    value = perplexity(model, windows, get_tokenizer(model.config.tokenizer).eot, args.dtype, args.mask_documents)
-    paper = TABLE_3.get(variant_name(model.config))
-    print(f"perplexity  {value:.4f} over {len(windows):,} windows of {windows.shape[1] - 1} validation tokens, "
-          f"cross-entropy alone, documents {'masked' if args.mask_documents else 'not masked'}"
-          f"{f' (Table 3: {paper[1]:.2f}, over all 100M tokens)' if paper else ''}")
-
-
 def run(args):
     path = fetch(args.source, args.file, args.folder)
     checkpoint, model = load(path, args.n_head, args.anchor_norm)
@@ -184,7 +153,7 @@ def run(args):
                                         step=checkpoint.get("step"), released=os.path.basename(path)))
         print(f"saved       {args.save}: weights only, for sampling and evaluation; it cannot be resumed")
     if args.data:
-        evaluate(model.to(args.device), args)
+        print_perplexity(model, args)
 
 
 def main():
@@ -194,22 +163,14 @@ def main():
     parser.add_argument("--folder", default="out/released", metavar="DIR",
                         help="where downloads go (default: out/released)")
     parser.add_argument("--save", metavar="PATH", help="write the model here in this project's format")
-    parser.add_argument("--data", metavar="DIR", help="folder of token shards, for the validation perplexity")
-    parser.add_argument("--windows", type=int, default=0, help="validation windows to score (default: all)")
-    parser.add_argument("--mask_documents", type=true_or_false, default=True, metavar="BOOL",
-                        help="attention within documents, as trained (default: true)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compute (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                        help="of the forward pass (default: float32)")
+    add_arguments(parser)
     parser.add_argument("--n_head", type=int, help="heads, where the keys do not tell")
     parser.add_argument("--anchor_norm", choices=("", "qk"),
                         help="internal q and k anchors, where the keys do not tell: '' if not normed")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("released.py: --device=cuda, but this machine has no CUDA device that torch can use")
     try:
         run(args)
-    except (ConfigError, InputError) as error:
+    except (ConfigError, InputError, OSError) as error:
         sys.exit(f"released.py: {error}")
 
 

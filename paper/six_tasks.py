@@ -30,9 +30,8 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from eval_hellaswag import HEAD_ROWS, URL, Progress, choose_device, parse_rows, read_bytes, token_log_probs
-from model import TABLE_3, ConfigError, count_parameters, generate, load_checkpoint
+from model import TABLE_3, ConfigError, count_parameters, generate, load_checkpoint, variant_name
 from prepare_fineweb import InputError, atomic, get_tokenizer
-from train import name_of
 
 FEWSHOT_SEED = 1234  # lm_eval's default; the examples in front of each item follow from it
 
@@ -46,9 +45,8 @@ def read_rows(path, convert):
         try:
             rows.append(convert(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}, line {number}: not an item of this task ({type(error).__name__}: {error})"
-            ) from None
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path}, line {number}: not an item of this task ({why})") from None
     if not rows:
         raise InputError(f"{path}: no items in it")
     return rows
@@ -79,6 +77,7 @@ def read_piqa(path):
     """PIQA keeps its labels in a second file, line by line."""
     rows = read_rows(path, lambda row: {name: row[name] for name in ("goal", "sol1", "sol2")})
     labels_path = path.removesuffix(".gz").removesuffix(".jsonl") + "-labels.lst"
+    labels_path = local_path("", labels_path) or labels_path
     labels = read_bytes(labels_path).decode().split()
     if len(labels) != len(rows) or not set(labels) <= {"0", "1"}:
         raise InputError(f"{labels_path}: must hold a 0 or 1 for each of the {len(rows)} lines of {path}")
@@ -129,16 +128,12 @@ def local_rows(name, folder, shots, limit):
     task = TASKS[name]
     test, train = local_path(folder, task.test), local_path(folder, task.train)
     if not test:
-        raise InputError(
-            f"--data={folder}: no {task.test}(.gz) there; --help says which files are needed, and without --data "
-            "lm_eval downloads them"
-        )
+        raise InputError(f"--data={folder}: no {task.test}(.gz) there; --help says which files are needed, and without "
+                         "--data lm_eval downloads them")
     if not train and shots and not limit:
         hint = f" ({URL.format('train')})" if name == "hellaswag" else ""
-        raise InputError(
-            f"--data={folder}: no {task.train}(.gz) there, from which the {shots} examples are drawn{hint}; get it, "
-            f"take --shots=0, leave out {name} with --tasks, or make a trial with --limit"
-        )
+        raise InputError(f"--data={folder}: no {task.train}(.gz) there, from which the {shots} examples are drawn"
+                         f"{hint}; get it, take --shots=0, leave out {name} with --tasks, or make a trial with --limit")
     rows = task.read(test)
     caution = f"{name}: no {task.train}, so examples are drawn from {task.test}: a trial, NOT the paper's 5-shot number"
     return {task.split: rows, "train": task.read(train) if train else rows}, "" if train or not shots else caution
@@ -154,7 +149,11 @@ def load_tasks(names, folder, shots, limit):
     paths = [os.path.join(root, sub) for sub in ("arc", "hellaswag", "openbookqa", "piqa", "winogrande")]
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=paths)
     if not folder:
-        return list(manager.load(list(names))["tasks"].values()), []
+        try:
+            return list(manager.load(list(names))["tasks"].values()), []
+        except OSError as error:                           # all of requests' and datasets' connection errors are
+            why = str(error).split("\n")[0]
+            raise InputError(f"lm_eval cannot download the items ({why}); give their files with --data=DIR") from None
     tasks, cautions = [], []
     for name in names:
         splits, caution = local_rows(name, folder, shots, limit)
@@ -300,9 +299,8 @@ def evaluate(model, names=tuple(TASKS), shots=5, limit=None, data="", batch_size
         cautions.append(f"{lm.cut} prompts were cut on the left to block_size={model.config.block_size} tokens")
     if limit:
         cautions.append(f"--limit={limit}: the first {limit} items of each task, a trial")
-    results = {
-        name: summary(TASKS[name].metric, out["results"][name], out["n-samples"][name]["effective"]) for name in names
-    }
+    results = {name: summary(TASKS[name].metric, out["results"][name], out["n-samples"][name]["effective"])
+               for name in names}
     return {"tasks": results, "shots": shots, "limit": limit, "cautions": cautions, "lm_eval": lm_eval.__version__}
 
 
@@ -358,8 +356,8 @@ def parse_arguments(argv):
     unknown = [name for name in args.tasks if name not in TASKS]
     if unknown:
         parser.error(f"--tasks: unknown {unknown[0]!r}; there are {', '.join(TASKS)}")
-    if args.shots < 0 or args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--shots must not be negative; --batch_size and --limit must be at least 1")
+    if args.shots < 0 or args.batch_size < 1 or (args.limit is not None and args.limit < 2):
+        parser.error("--shots must not be negative, --batch_size at least 1, --limit at least 2 (for a standard error)")
     return args
 
 
@@ -378,7 +376,7 @@ def run(args):
         )
     results = evaluate(model, args.tasks, args.shots, args.limit, args.data, args.batch_size,
                        getattr(torch, args.dtype))
-    variant, parameters = name_of(model.config), count_parameters(model)
+    variant, parameters = variant_name(model.config), count_parameters(model)
     print("\n".join(table(results, variant, parameters)))
     if args.out:
         with atomic(args.out) as file:

@@ -334,7 +334,7 @@ def main(argv=None):
                 check_same(job)
             diverged = run(jobs)
             print("\n".join(tabulate(jobs, diverged)))
-    except (InputError, ConfigError) as error:
+    except (InputError, ConfigError, OSError) as error:
         sys.exit(f"sweep.py: {error}")
 
 

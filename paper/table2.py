@@ -14,11 +14,10 @@ import math
 import os
 import sys
 
-import torch
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import Countdown, analyse, validation_windows
+from eval_hellaswag import choose_device
 from model import ConfigError, load_checkpoint
 from prepare_fineweb import InputError, atomic
 
@@ -96,13 +95,18 @@ def run(args):
     if len(set(labels)) < len(labels):
         raise InputError("two checkpoints share folder and file name, so one JSON would replace the other: "
                          "rename a folder")
-    records = []
+    records, device = [], choose_device(args.device)
     for path, label in zip(args.ckpt, labels):
-        model = load_checkpoint(path, args.device)
+        model = load_checkpoint(path, device)
+        if args.ablate_anchor and model.config.anchor == "none":
+            print(f"left out: {path} has no anchor that could be removed", flush=True)
+            continue
         windows = validation_windows(args.data, model.config, args.rows, args.block_size)
         record = analyse(model, windows, args.dtype, args.ablate_anchor, Countdown(label, len(windows), "rows"))
         records.append(dict(label=label, checkpoint=path, data=args.data, **record))
         print(f"wrote {write_record(args.out, records[-1])}", flush=True)
+    if not records:
+        raise InputError("--ablate_anchor: none of the checkpoints has an anchor; drop the flag")
     print_table_2(records)
     print_use(records)
     print(f"\nPictures: python paper/figures.py {args.out}/*.json")
@@ -118,7 +122,8 @@ def main():
                         help="tokens of a row (default: the model's, 2048 in the paper)")
     parser.add_argument("--ablate_anchor", action="store_true",
                         help="remove the anchor at inference: it adds nothing to any projection")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compute (default: cpu)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                        help="where to compute (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                         help="of the forward pass (default: float32)")
     parser.add_argument("--out", default="out/analysis", metavar="DIR",
@@ -126,11 +131,9 @@ def main():
     args = parser.parse_args()
     if args.rows < 1:
         parser.error(f"--rows={args.rows} must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("table2.py: --device=cuda, but this machine has no CUDA device that torch can use")
     try:
         run(args)
-    except (ConfigError, InputError) as error:
+    except (ConfigError, InputError, OSError) as error:
         sys.exit(f"table2.py: {error}")
 
 

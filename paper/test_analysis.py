@@ -5,7 +5,9 @@ paper's released code computed them (testdata/golden_two_layers.pt: weights, hid
 """
 import json
 import math
+import os
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -18,9 +20,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import analysis
 import figures
+import perplexity
 import released
 import table2
-from model import ConfigError, ExoFormer, load_checkpoint, save_checkpoint, variant_config
+from model import ConfigError, ExoFormer, load_checkpoint, save_checkpoint, variant_config, variant_name
 from prepare_fineweb import InputError, write_meta, write_shard
 
 VARIANTS = ["base", "resformer", "gated", "nuresformer", "exo_scalar", "exo_headwise", "exo_dynamic"]
@@ -347,7 +350,7 @@ def test_table_2_writes_and_prints(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("problem, flags", [
     ("would replace", ["--ckpt={root}/base/ckpt_000007.pt", "--ckpt={root}/base/ckpt_000007.pt"]),
-    ("no anchor", ["--ckpt={root}/base/ckpt_000007.pt", "--ablate_anchor"]),
+    ("none of the checkpoints has an anchor", ["--ckpt={root}/base/ckpt_000007.pt", "--ablate_anchor"]),
     ("99 rows wanted", ["--ckpt={root}/base/ckpt_000007.pt", "--rows=99"]),
     ("--block_size=13", ["--ckpt={root}/base/ckpt_000007.pt", "--block_size=13"]),
     ("no such checkpoint", ["--ckpt={root}/base/missing.pt"]),
@@ -357,6 +360,30 @@ def test_table_2_refuses_in_one_line(folder, monkeypatch, problem, flags):
     with pytest.raises(SystemExit) as stop:                        # a flag given twice: the later one counts
         table2_here(monkeypatch, folder, *(flag.format(root=folder) for flag in flags))
     assert problem in stop.value.code and "\n" not in stop.value.code and stop.value.code.startswith("table2.py: ")
+
+
+def test_ablation_leaves_out_what_has_no_anchor(folder, monkeypatch, capsys):
+    paths = [folder / variant / "ckpt_000007.pt" for variant in ("base", "exo_dynamic")]
+    table2_here(monkeypatch, folder, *(f"--ckpt={path}" for path in paths), "--ablate_anchor", "--rows=1")
+    assert f"left out: {paths[0]}" in capsys.readouterr().out
+    assert json.loads((folder / "out" / "exo_dynamic_ckpt_000007_no_anchor.json").read_text())["ablate_anchor"]
+    assert not (folder / "out" / "base_ckpt_000007_no_anchor.json").exists()
+
+
+def test_perplexity_of_our_own_checkpoint(folder, monkeypatch, capsys):
+    """The command line scores all windows: exp of the mean loss, which the model computes itself."""
+    path = folder / "exo_dynamic" / "ckpt_000007.pt"
+    monkeypatch.setattr(sys, "argv", ["perplexity.py", f"--ckpt={path}", f"--data={folder / 'data'}", "--device=cpu",
+                                      "--mask_documents=false"])
+    perplexity.main()
+    model = load_checkpoint(path)
+    rows = torch.from_numpy(analysis.validation_windows(str(folder / "data"), model.config).astype(int))
+    expected = math.exp(model.loss(rows[:, :-1], rows[:, 1:])[0].item())
+    value, words = re.search(r"perplexity  ([\d.]+) (over \d+ windows of \d+)", capsys.readouterr().out).groups()
+    assert float(value) == pytest.approx(expected, abs=1e-3) and words == f"over {len(rows)} windows of 12"
+    monkeypatch.setattr(sys, "argv", ["perplexity.py", f"--ckpt={path}"])
+    with pytest.raises(SystemExit, match="2"):
+        perplexity.main()
 
 
 def test_json_has_no_infinities(tmp_path):
@@ -428,10 +455,21 @@ def shown_ticks(axis):
     return [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
 
 
-def test_figures_refuses_other_files(tmp_path):
-    (tmp_path / "other.json").write_text('{"label": "x"}')
+@pytest.mark.parametrize("content", ['{"label": "x"}', "5"])
+def test_figures_refuses_other_files(tmp_path, content):
+    (tmp_path / "other.json").write_text(content)
     with pytest.raises(InputError, match="not a file of paper/table2.py"):
         figures.read_record(str(tmp_path / "other.json"))
+
+
+def test_figures_refuses_two_files_of_one_label(records, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path in paths:
+        path.write_text(json.dumps(records[0]))
+    monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, paths), f"--out={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit, match="two files have the label base"):
+        figures.main()
 
 
 # ------------------------------------------------------------------------------------------------- released checkpoints
@@ -469,9 +507,9 @@ def test_perplexity_is_the_models_own_loss(release):
     rows = analysis.validation_windows(str(release), model.config)
     idx, targets = (torch.from_numpy(part.astype(int)) for part in (rows[:, :-1], rows[:, 1:]))
     plain = model.loss(idx, targets)[0].item()
-    assert math.log(released.perplexity(model, rows, 95, mask_documents=False)) == pytest.approx(plain, abs=1e-5)
+    assert math.log(perplexity.perplexity(model, rows, 95, mask_documents=False)) == pytest.approx(plain, abs=1e-5)
     masked = model.loss(idx, targets, (idx == 95).cumsum(1))[0].item()
-    assert math.log(released.perplexity(model, rows, 95)) == pytest.approx(masked, abs=1e-5)
+    assert math.log(perplexity.perplexity(model, rows, 95)) == pytest.approx(masked, abs=1e-5)
     assert abs(masked - plain) > 1e-3
 
 
@@ -495,7 +533,7 @@ def test_saved_model_is_the_released_one(release, monkeypatch, capsys, tmp_path)
 @pytest.mark.parametrize("variant", ["base", "gated"])
 def test_variant_of_a_released_model_without_anchor(variant):
     """The keys of a model without lambdas do not tell their shape; it is still that row of Table 3."""
-    assert analysis.variant_name(tiny(variant, granularity="scalar").config) == variant
+    assert variant_name(tiny(variant, granularity="scalar").config) == variant
 
 
 @pytest.fixture
@@ -538,12 +576,15 @@ def test_download_resumes_and_keeps_the_token_at_home(server, release, tmp_path,
     assert seen[2] == ("/somebody/models/resolve/main/b.pt", 0, "Bearer secret")
 
 
-def test_a_download_that_is_no_checkpoint_is_removed(server, release, tmp_path, monkeypatch):
-    """What came is checked before it takes its name."""
-    monkeypatch.setattr(released, "read_checkpoint", lambda path: (_ for _ in ()).throw(ConfigError("damaged")))
-    with pytest.raises(InputError, match="no checkpoint: damaged"):
-        released.fetch(f"{server[0]}/a.pt", None, str(tmp_path), backoff=0.01)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+def test_files_of_one_name_from_two_places_are_two_files(server, tmp_path, monkeypatch):
+    """All of the paper's models may be called ckpt_step:38146.pt; none must be taken for another, nor lead outside."""
+    monkeypatch.setenv("HF_ENDPOINT", server[0])
+    sources = [("somebody/one", "../a:1.pt"), ("somebody/two", "../a:1.pt"), (f"{server[0]}/x/a:1.pt", None)]
+    paths = [released.fetch(*source, str(tmp_path), backoff=0.01) for source in sources]
+    host = server[0].removeprefix("http://")
+    assert [os.path.relpath(path, tmp_path) for path in paths] == ["somebody/one/a:1.pt", "somebody/two/a:1.pt",
+                                                                   f"{host}/x/a:1.pt"]
+    assert len({path for path, *_ in server[1]}) == 3
 
 
 def test_released_refuses_in_one_line(folder, monkeypatch):

@@ -1,5 +1,5 @@
 """
-Tests of compare.py, usage.py, sweep.py and six_tasks.py:  OMP_NUM_THREADS=1 python -m pytest -q paper/test_sweep_compare.py
+Tests of compare.py, usage.py, sweep.py and six_tasks.py.
 
 No network. Tests that need lm_eval or matplotlib say so and are skipped where these are missing.
 """

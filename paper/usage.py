@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import compare
-from prepare_fineweb import InputError
+from prepare_fineweb import InputError, atomic
 
 RATIO = "$\\lambda_1 / \\lambda_2$"
 QUANTITIES = {  # name: (heading in the table, title in the picture)
@@ -79,7 +79,8 @@ def draw(groups, usages, path):
         last = max(i for i, usage in enumerate(usages) if name in usage)
         column[last].set_xlabel("tokens (millions)")
         figure.colorbar(image, ax=list(column), location="bottom", aspect=25, extend="both")
-    figure.savefig(path)
+    with atomic(path) as file:
+        figure.savefig(file, format="png")
     pyplot.close(figure)
 
 
@@ -108,7 +109,7 @@ def main(argv=None):
         print("\n".join(table_of(groups, usages)))
         if args.png:
             draw(groups, usages, args.png)
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"usage.py: {error}")
 
 
