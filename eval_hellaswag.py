@@ -1,9 +1,9 @@
 """
 HellaSwag: four endings of a short story, of which a language model should find the true one the likeliest.
 
-    python eval_hellaswag.py --ckpt=out/exo/ckpt.pt                       # 0-shot, as lm-evaluation-harness renders it
-    python eval_hellaswag.py --ckpt=out/exo/ckpt.pt --shots=5 --out=exo.jsonl
-    python eval_hellaswag.py --compare base.jsonl exo.jsonl                 # is the difference more than chance?
+    python eval_hellaswag.py --ckpt=PATH                          # 0-shot, as lm-evaluation-harness renders it
+    python eval_hellaswag.py --ckpt=PATH --shots=5 --out=exo.jsonl
+    python eval_hellaswag.py --compare base.jsonl exo.jsonl       # is the difference more than chance?
 
 Every number of this benchmark follows a convention: how an item becomes text, and what the summed log-probability of an
 ending is divided by before the largest is taken. One scoring pass gives all three quotients.
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model import ConfigError, KVCache, load_checkpoint
+from model import ConfigError, KVCache, choose_device, load_checkpoint
 from prepare_fineweb import InputError, atomic, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------------------- 1 data
@@ -296,7 +296,7 @@ def score_batch(model, batch, device, dtype):
         hidden = model.trunk(idx.to(device), cache=prefix_cache(model, batch, device, dtype))
     picked = torch.cat([hidden[row, start:start + len(ending)] for row, (start, ending) in enumerate(spans)])
     targets = torch.tensor([token for _, ending in spans for token in ending], device=device)
-    log_probs = token_log_probs(model, picked, targets).double().cpu()
+    log_probs = token_log_probs(model, picked, targets).cpu().double()
     return torch.stack([part.sum() for part in log_probs.split([len(ending) for _, ending in spans])]).view(-1, 4)
 
 
@@ -482,18 +482,11 @@ def parse_arguments(argv):
     return args
 
 
-def choose_device(name):
-    """The device of --device."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device=cuda, but this PyTorch finds no GPU; take --device=cpu")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def run(args):
     """Score a checkpoint, print the accuracies, write --out."""
     if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
         raise InputError(f"--out={args.out}: its folder does not exist or cannot be written")      # not after the work
-    device = choose_device(args.device)
+    device = choose_device(args.device, among=("cuda", "cpu"))
     model = load_checkpoint(args.ckpt, device)
     check_model(model)
     items = load_items(args.data, args.shots, args.style, args.limit, args.train, args.folder)

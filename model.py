@@ -22,6 +22,7 @@ extra matrices outside the stack (exogenous: ExoFormer). Everything the paper ad
                  +--> RMSNorm -> SwiGLU --+
                  + <----------------------+        ... n_layer times, RMSNorm, head -> logits
 
+Layers count from 1 in the paper and in these comments, from 0 in the code: layer n is layers[n - 1].
 Symbols, paper | code | shape | where:
     B, T, C, V          batch, tokens, n_embd, vocab_size
     H, D                n_head, head_dim = C / H
@@ -145,7 +146,7 @@ class ModelConfig(Checked):
         return 64 * math.ceil(self.vocab_size / 64)
 
     def mixed_in(self, layer):
-        """The letters mixed in `layer` (0-based): an internal anchor is layer 0's own, not mixed there (Eq. 10)."""
+        """The letters mixed in layers[layer]: an internal anchor is layers[0]'s own, not mixed there (Eq. 10)."""
         return "".join(s for s in COMPONENTS if s in self.mix and not (self.anchor == "internal" and layer == 0))
 
 
@@ -301,7 +302,7 @@ class Cached(Causal):
         self.mask = torch.ones(length, cache.length + length, dtype=torch.bool, device=device).tril(cache.length)
 
     def attend(self, layer, q, k, v):
-        return super().attend(layer, q, *self.cache.extend(layer, k, v))
+        return super().attend(layer, q, *self.cache.extend(layer, k, v))    # by now cache.length counts these tokens
 
 
 # ------------------------------------------------------------------------------------------------------------- 3 mixing
@@ -342,14 +343,16 @@ class StaticMixing(nn.Module):
         self.letters = letters
 
     def forward(self, h):
-        return dict.fromkeys(self.letters, torch.ones(2, device=h.device).unbind())
+        one = torch.ones((), device=h.device)
+        return dict.fromkeys(self.letters, (one, one))
 
 
 class WeightedSum(torch.autograd.Function):
     """Eq. 12 in float32 with its derivative written out: autograd would keep the product lambda * S of every S as well.
 
-    In the backward `grad` is a factor of every product: one pass over grad, anchor and current gives all sums, and
-    torch.compile has nothing to store for it in the forward.
+    An optimisation and nothing else: whoever changes the formula in `forward` changes `backward` too, or deletes the
+    class and writes the formula into Mix.forward. In the backward `grad` is a factor of every product: one pass over
+    grad, anchor and current gives all sums, and torch.compile has nothing to store for it in the forward.
     """
 
     @staticmethod
@@ -370,7 +373,7 @@ class WeightedSum(torch.autograd.Function):
 
 
 class Mix(nn.Module):
-    """One component's learned sum of its anchor and its own projection."""
+    """gamma_1 lambda_1 S_anc + gamma_2 lambda_2 S_n, one component's sum of its anchor and its own projection."""
 
     def __init__(self, config):
         super().__init__()
@@ -443,7 +446,7 @@ class NoGate(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with mixed projections; layer 0 of an internal-anchor model mixes nothing, since its mix is empty."""
+    """Attention with mixed projections; an internal-anchor model's layers[0] mixes nothing, since its mix is empty."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -531,7 +534,7 @@ class ExoFormer(nn.Module):
         if length > self.config.block_size or (docs is not None and cache is not None):
             raise ValueError(f"at most block_size={self.config.block_size} tokens a call (here {length}), and docs or "
                              "cache but not both")
-        if docs is not None:                   # FlexAttention is fast where it is compiled for CUDA, and only there
+        if docs is not None:                   # FlexAttention is fast compiled for CUDA; eager code takes the mask
             sparse = device.type == "cuda" and torch.compiler.is_compiling()
             return (DocumentBlocks if sparse else WithinDocuments)(self.config, length, device, docs)
         return cache.positions(length, device) if cache is not None else Causal(self.config, length, device)
@@ -548,7 +551,7 @@ class ExoFormer(nn.Module):
         cache  a KVCache to continue, or None: idx then holds only the new tokens
         """
         x = self.embed(idx)
-        x = x.to(compute_dtype(x.device) or x.dtype)
+        x = x.to(compute_dtype(x.device) or x.dtype)       # autocast leaves an embedding, so the whole stream, float32
         anchor, at = self.make_anchor(x), self.positions(idx, docs, cache)
         for layer in self.layers:
             x = layer(x, anchor, at)
@@ -593,6 +596,15 @@ class ExoFormer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------- 6 use
+
+def choose_device(name, among=("cuda", "mps", "cpu")):
+    """The device of a --device flag; "auto" takes the first of `among` that is there. ConfigError where none is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [device for device in among if there[device]]
+    if name not in ("auto", *usable):
+        raise ConfigError(f"--device={name} is not there: torch can use {', '.join(usable)} on this machine")
+    return usable[0] if name == "auto" else name
+
 
 class KVCache:
     """Rotated keys and mixed values of the tokens seen so far, (n_layer, B, max_len, H, D) each."""
@@ -843,11 +855,12 @@ def print_variants():
 def print_samples(args):
     """Continue args.prompt with the model of a checkpoint."""
     from prepare_fineweb import get_tokenizer
-    model = load_checkpoint(args.ckpt, args.device).eval()
+    device = choose_device(args.device)
+    model = load_checkpoint(args.ckpt, device).eval()
     tokenizer = get_tokenizer(model.config.tokenizer)
     prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
-    idx = torch.tensor([prompt] * args.num_samples, device=args.device)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    idx = torch.tensor([prompt] * args.num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(args.seed)
     out = generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, tokenizer.eot, generator)
     for row in out.tolist():
         end = row.index(tokenizer.eot, len(prompt)) if tokenizer.eot in row[len(prompt):] else len(row)
@@ -865,12 +878,11 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token every time")
     parser.add_argument("--top_k", type=int, default=200, help="choose among this many likeliest tokens")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes the first there is")
     args = parser.parse_args()
     for broken, message in ((args.num_samples < 1, "--num_samples must be at least 1"),
                             (args.top_k < 1, "--top_k must be at least 1"),
-                            (args.temperature < 0, "--temperature must not be negative"),
-                            (args.device == "cuda" and not torch.cuda.is_available(), "--device=cuda: there is none")):
+                            (args.temperature < 0, "--temperature must not be negative")):
         if broken:
             parser.error(message)
     from prepare_fineweb import InputError

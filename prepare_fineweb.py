@@ -270,15 +270,16 @@ class Progress:
 
     def update(self, done, note=""):
         now = time.monotonic()
-        if now - self.last < (1 if self.terminal else 10):
+        finished = self.terminal and done >= self.total                    # ends the line that was written over
+        if now - self.last < (1 if self.terminal else 10) and not finished:
             return
-        self.last, rate = now, (done - self.first) / (now - self.start)
+        self.last, rate = now, (done - self.first) / max(now - self.start, 1e-9)
         left = (self.total - done) / rate if rate > 0 else float("inf")
         clock = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if left < 1e6 else "?"
         line = (f"{self.what}: {100 * done / self.total:.1f} % of {self.total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s, "
                 f"{clock} left{note}")
-        line, end = (f"\r{line:<100}", "") if self.terminal else (line, "\n")
-        print(line, end=end, file=sys.stderr, flush=True)
+        start, end = ("\r", "\n" if finished else "") if self.terminal else ("", "\n")
+        print(f"{start}{line:<100}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
 
 
 # ---- your own text: documents -> encode -> cut -----------------------------------------------------------------------

@@ -8,9 +8,12 @@ The order is the paper's: model, mixing, variants, Muon, training, then data and
 the code under test: loops in float64, numbers that the paper's released code computed, a second implementation.
 """
 import contextlib
+import errno
+import functools
 import gzip
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import math
@@ -232,6 +235,15 @@ def test_rms_norm_and_rope_match_loops():
         for i in range(4):
             turned = complex(v[i], v[i + 4]) * np.exp(1j * (t + 2) * 500_000.0 ** (-2 * i / 8))
             np.testing.assert_allclose(rotated[b, t, h, [i, i + 4]], [turned.real, turned.imag], atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", M.GRANULARITY)
+def test_weighted_sum_derivative_is_that_of_its_formula(granularity):
+    """By finite differences in float64, for every argument; gamma one per token, or the constant of a static model."""
+    draw = functools.partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    anchor, current, shape = draw(2, 3, 2, 4), draw(2, 3, 2, 4), M.GRANULARITY[granularity](2, 4)
+    for gammas in ((draw(2, 3, 1, 1), draw(2, 3, 1, 1)), torch.ones(2, dtype=torch.float64).unbind()):
+        assert torch.autograd.gradcheck(M.WeightedSum.apply, (anchor, current, draw(shape), draw(shape), *gammas))
 
 
 @pytest.mark.parametrize("anchor", ["internal", "exogenous"])
@@ -849,6 +861,52 @@ def test_every_evaluation_logs_how_layers_use_their_anchor(variant, data, tmp_pa
     assert ("lambda_ratio" in first) == (variant != "gated") and not model.layers[0].attn.gate._forward_pre_hooks
 
 
+def test_evaluation_keeps_the_graph_of_one_pass_only(data, tmp_path):
+    """It runs the training graph; two alive at once would need twice the memory of a training step."""
+    trainer, run_folder = start(tmp_path / "a", data)
+    run_folder.log.close(), run_folder.lock.close()
+    alive = [0, 0]                                                          # now, at most
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor.detach()                       # the graph itself would be a cycle
+            alive[0] += 1
+            alive[1] = max(alive)
+
+        def __del__(self):
+            alive[0] -= 1
+    peaks = []
+    for tokens in (32, 0):                                                  # one batch, three batches
+        alive[1] = alive[0]
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            trainer.evaluate(tokens)
+        peaks.append(alive[1])
+    assert peaks[0] == peaks[1] > 10 and alive[0] == 0
+
+
+def test_a_log_on_a_full_disk_waits_and_loses_no_line(data, tmp_path, capsys):
+    """Two lines meet a full disk; once there is room, all are written, in order."""
+    trainer, run_folder = start(tmp_path / "a", data)
+    run_folder.log.close(), run_folder.lock.close()
+    written, full = [], [True]
+
+    class Disk(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if full[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(bytes(data))
+            return len(data)
+    run_folder.log = io.TextIOWrapper(io.BufferedWriter(Disk()))
+    for step in (1, 2, 3):
+        full[0] = step < 3
+        run_folder.write(dict(step=step))
+    assert b"".join(written) == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert capsys.readouterr().out.count("COULD NOT WRITE") == 2
+
+
 def newest_of(folder):
     """What --resume would take."""
     run_folder = T.RunFolder(folder, resume=True)
@@ -875,7 +933,7 @@ def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, data, tmp_path,
 
 @pytest.mark.parametrize("flags, words", [
     (["--variant=base"], "--gate=False.*gate=True"), (["--n_embd=64"], "--n_embd=64.*n_embd=32"),
-    (["--seed=5"], "--seed=5.*seed=1337"), (["--data=elsewhere"], "--data=elsewhere.*data=.*shards"),
+    (["--seed=5"], "--seed=5.*seed=1337"),
     (["--total_batch_size=64"], "--total_batch_size=64.*total_batch_size=128"),
     (["--optimizer=adamw"], "--optimizer=adamw.*optimizer=muon")])
 def test_resume_refuses_another_run(flags, words, data, tmp_path):
@@ -896,8 +954,6 @@ def test_a_folder_is_for_one_run_at_a_time(data, tmp_path):
     with pytest.raises(pf.InputError, match="another run is writing there"):
         T.RunFolder(tmp_path / "a", resume=True)
     run_folder.log.close(), run_folder.lock.close()
-    with pytest.raises(pf.InputError, match="holds a run already.*--resume"):
-        start(tmp_path / "a", data)
     with pytest.raises(pf.InputError, match="no whole checkpoint"):
         T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume"])
     with pytest.raises(pf.InputError, match="no folder"):
@@ -905,6 +961,9 @@ def test_a_folder_is_for_one_run_at_a_time(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(pf.InputError, match="cannot be written"):
         start(tmp_path / "file" / "a", data)
+    train_fully(tmp_path / "b", data, "--max_steps=1")
+    with pytest.raises(pf.InputError, match="holds a run already.*--resume"):
+        start(tmp_path / "b", data)
 
 
 def test_only_the_newest_checkpoints_are_kept(data, tmp_path):
@@ -940,6 +999,36 @@ def test_data_that_changed_since_is_refused(data, tmp_path):
         T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume"])
 
 
+def test_a_run_resumes_where_its_data_moved_to(data, tmp_path, capsys):
+    whole = train_fully(tmp_path / "a", data)
+    train_fully(tmp_path / "b", data, stop_after=5)
+    shutil.copytree(data, tmp_path / "moved")
+    resumed = train_fully(tmp_path / "b", data, "--resume", f"--data={tmp_path / 'moved'}")
+    assert same_state(whole, resumed) == [] and f"data from {data} to {tmp_path / 'moved'}" in capsys.readouterr().out
+
+
+def test_a_failed_start_leaves_a_folder_that_says_what_to_do(data, tmp_path):
+    """A run that ends before its first checkpoint leaves only a log."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(pf.InputError, match="the log of a run that saved no checkpoint; remove .*a/log.jsonl"):
+        start(tmp_path / "a", data)
+    (tmp_path / "a" / "log.jsonl").unlink()
+    assert start(tmp_path / "a", data)[0].step == 0
+
+
+@pytest.mark.parametrize("error, code", [
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "lower --batch_size"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "lower --batch_size"), (MemoryError(), "lower --batch_size")])
+def test_only_a_lack_of_memory_is_called_so(error, code, monkeypatch):
+    def fail(argv):
+        raise error
+    monkeypatch.setattr(T, "prepare", fail)
+    with pytest.raises(SystemExit if code else RuntimeError, match=code):
+        T.main()
+
+
 def test_max_minutes_stops_saved_and_resumable(data, tmp_path):
     trainer = train_fully(tmp_path / "a", data, "--max_minutes=0.0001")
     assert trainer.step == 1 and train_fully(tmp_path / "a", data, "--resume", "--max_minutes=0").step == 12
@@ -967,7 +1056,7 @@ def test_every_setting_is_a_flag_with_help(capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"), (["--device=cuda"], "no CUDA device"),
+    (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"), (["--device=cuda"], "--device=cuda is not there: torch can use"),
     (["--batch_size=0"], "--batch_size=0"), (["--dtype=float16"], "--dtype=float16 must be one of"),
     (["--n_head=3"], "n_embd=32 is not a multiple of n_head=3"),
     (["--block_size=5000", "--total_batch_size=10000"], "lower --block_size"),

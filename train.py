@@ -35,8 +35,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (VARIANTS, Causal, Checked, ConfigError, ExoFormer, Linear, ModelConfig, count_parameters,
-                   flops_per_token, generate, read_checkpoint, save_checkpoint, setting, variant_name)
+from model import (VARIANTS, Causal, Checked, ConfigError, ExoFormer, Linear, ModelConfig, choose_device,
+                   count_parameters, flops_per_token, generate, read_checkpoint, save_checkpoint, setting, variant_name)
 from muon import Muon, polar_express
 from prepare_fineweb import (InputError, find_shards, get_tokenizer, read_meta, read_window, shard_tokens,
                              write_default_shards)
@@ -82,7 +82,7 @@ class TrainConfig(Checked):
     final_lr: float = setting(0.1, "what it falls to, as a share of the peak")
     grad_clip: float = setting(1.0, "largest norm of the whole gradient")
     z_loss: float = setting(1e-5, "weight of mean logsumexp^2 in the loss")
-    eval_every: int = setting(500, "steps between evaluations on the validation split; 0: only at the end")
+    eval_every: int = setting(500, "steps between evaluations on the validation split; 0: only first and last")
     eval_tokens: int = setting(10_485_760, "validation tokens per evaluation; 0: all")
     final_eval_tokens: int = setting(0, "validation tokens of the last evaluation; 0: all")
     hellaswag_every: int = setting(0, "steps between HellaSwag evaluations (GPT-2 tokens only); 0: never")
@@ -119,7 +119,7 @@ PRESETS = {  # fields of ModelConfig and TrainConfig that differ from the paper'
                   save_every=80, log_every=20),
 }
 
-MAY_CHANGE_ON_RESUME = set("""out_dir resume device compile deterministic max_steps max_minutes batch_size muon_lr
+MAY_CHANGE_ON_RESUME = set("""out_dir resume data device compile deterministic max_steps max_minutes batch_size muon_lr
     adamw_lr warmup_steps decay_fraction final_lr eval_every eval_tokens final_eval_tokens hellaswag_every save_every
     keep log_every sample_tokens""".split())
 
@@ -225,12 +225,7 @@ def choose_data(preset):
 
 def resolve(config, model_config):
     """`config` with every "auto" decided, so that a checkpoint records what the run really used."""
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = auto if config.device == "auto" else config.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda, but this machine has no CUDA device that torch can use")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("--device=mps, but this machine has no MPS device that torch can use")
+    device = choose_device(config.device)
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(config.dtype, config.dtype)
     deterministic = {"auto": str(device == "cpu").lower()}.get(config.deterministic, config.deterministic)
     config = replace(config, device=device, dtype=dtype, deterministic=deterministic)
@@ -248,7 +243,7 @@ def decide_compile(config, model_config):
     long_enough = flops > COMPILE_PAYS_ON_CPU * model_config.n_layer
     worth_it = config.device == "cuda" or (config.device == "cpu" and long_enough)
     wanted = {"auto": worth_it}.get(config.compile, config.compile == "true")
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or shutil.which("cl")
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if wanted and (not compiler or (config.device == "cuda" and importlib.util.find_spec("triton") is None)):
         say(f"no {'compiler' if not compiler else 'triton'} here, so torch.compile cannot be used: training eagerly")
         return "false"
@@ -375,8 +370,12 @@ class Team(Alone):
 
     def __init__(self):
         self.rank, self.size, self.device = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "cpu"
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}; lower "
+                              "torchrun's --nproc_per_node")
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
     def use(self, device):
@@ -386,6 +385,7 @@ class Team(Alone):
         self.device = device
 
     def wrap(self, objective):
+        torch._dynamo.config.optimize_ddp = False          # else what is compiled inside DDP first is cut into pieces
         device_ids = [torch.cuda.current_device()] if self.device == "cuda" else None
         return DistributedDataParallel(objective, device_ids=device_ids)
 
@@ -507,8 +507,11 @@ class RunFolder:
             raise InputError(f"{path}: another run is writing there; {remedy}") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out_dir") from None
-        if not resume and (self.checkpoints() or os.path.exists(self.log_path)):
+        if not resume and self.checkpoints():
             raise InputError(f"{path}: holds a run already; add --resume to continue it, or choose another --out_dir")
+        if not resume and os.path.exists(self.log_path):
+            raise InputError(f"{path}: holds the log of a run that saved no checkpoint; remove {self.log_path}, "
+                             "or choose another --out_dir")
 
     def checkpoints(self):
         """Paths of the checkpoints, newest first."""
@@ -534,9 +537,12 @@ class RunFolder:
         self.log.truncate(min(size, os.path.getsize(self.log_path)))
 
     def write(self, record):
-        """Append one object to log.jsonl."""
-        self.log.write(json.dumps(record) + "\n")
-        self.log.flush()
+        """Append one object to log.jsonl. A full disk is said and survived: what is not out yet stays in the buffer."""
+        try:
+            self.log.write(json.dumps(record) + "\n")
+            self.log.flush()
+        except OSError as error:
+            say(f"COULD NOT WRITE {self.log_path}: {error.strerror}; training goes on, the lines wait")
 
     def save(self, step, checkpoint, keep):
         """Write ckpt_{step}.pt and drop all but the newest `keep`. A full disk is said and survived: True if saved."""
@@ -584,7 +590,8 @@ class Stop:
         self.signal = number
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.SIG_DFL if TEAM.size == 1 else signal.SIG_IGN)
-        os.write(2, b"\nstopping after this step; once more to end at once\n")
+        once_more = b"; once more to end at once" if TEAM.size == 1 else b""
+        os.write(2, b"\nstopping after this step" + once_more + b"\n")
 
 
 class Diverged(Exception):
@@ -643,7 +650,7 @@ class Trainer:
         cross_entropy, z = (TEAM.total(sums) / (self.accumulation * TEAM.size)).tolist()
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if not math.isfinite(cross_entropy + norm.item()):                  # the one wait for the device in a step
+        if not math.isfinite(cross_entropy + norm.item()):                  # looked at before a weight is touched
             raise Diverged(self.diagnosis(cross_entropy, norm.item(), lr))
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         for optimizer in self.optimizers:
@@ -688,8 +695,8 @@ class Trainer:
             windows = np.pad(windows, ((0, self.config.batch_size - len(rows)), (0, 0)))
             idx, targets, docs = to_batch(windows, self.tokenizer.eot, self.config)
             targets[len(rows):] = -100
-            _, cross_entropy, _ = self.objective(idx, targets, docs)
-            sums += torch.tensor([cross_entropy.item() * len(rows), len(rows)], dtype=torch.float64)
+            loss = self.objective(idx, targets, docs)[1].item()    # a tensor kept until the next pass keeps its graph
+            sums += torch.tensor([loss * len(rows), len(rows)], dtype=torch.float64)
         total, count = TEAM.total(sums).tolist()
         loss = total / count
         return dict(val_loss=loss, val_ppl=math.exp(min(loss, 700.0)), val_bpb=loss / math.log(2) / bytes_per_token)
@@ -826,7 +833,7 @@ def anchor_use(model, idx):
 
         attention_sink   attention to the first token, mean over heads and queries
         gate_mean        mean of sigmoid(G); a model without the gate has no such key
-        lambda_ratio     {s: median over channels of lambda_1 / lambda_2}, None in a layer that does not mix s
+        lambda_ratio     {s: median over channels of lambda_1 / lambda_2}, None where a layer does not mix s
 
     Hooks on the uncompiled model, for one forward pass: model.py knows nothing of it, nor does the graph that trains.
     """
@@ -848,8 +855,8 @@ def anchor_use(model, idx):
     for s in model.config.mix:
         ratio = {layer: layer.attn.mix[s].lambda_anchor / layer.attn.mix[s].lambda_current
                  for layer in model.layers if s in layer.attn.mix}
-        use["lambda_ratio"][s] = [ratio[layer].float().quantile(0.5).item() if layer in ratio else None
-                                  for layer in model.layers]
+        medians = [ratio[layer].float().quantile(0.5).item() if layer in ratio else math.nan for layer in model.layers]
+        use["lambda_ratio"][s] = [median if math.isfinite(median) else None for median in medians]     # JSON has no nan
     return {name: numbers for name, numbers in use.items() if numbers}
 
 
@@ -923,8 +930,9 @@ def conclude(trainer, signal_number):
     checkpoint = f"{config.out_dir}/ckpt_{trainer.step:06d}.pt"
     if trainer.step < config.max_steps:
         reason = signal.Signals(signal_number).name if signal_number else f"--max_minutes={config.max_minutes:g}"
+        start = "python" if TEAM.size == 1 else f"torchrun --nproc_per_node={TEAM.size}"
         say(f"stopped by {reason} after step {trainer.step}, saved. Continue with:\n"
-            f"  python train.py --resume --out_dir={config.out_dir}")
+            f"  {start} train.py --resume --out_dir={config.out_dir}")
         return
     say(f"sample:\n{sample(trainer)}\n")
     prompt = "def " if trainer.model_config.tokenizer == "bytes" else "Once upon a time"
@@ -988,12 +996,12 @@ def main():
     except (ConfigError, InputError) as error:
         sys.exit(f"train.py: {error}")
     except Diverged as error:
-        say(f"train.py: not finite at {error}. Nothing was saved from it; the last checkpoint is good: lower the "
-            "learning rates and --resume")
+        say(f"train.py: not finite at {error}. Nothing was saved from it: lower the learning rates, and --resume from "
+            "the last checkpoint, or start anew if there is none")
         sys.exit(3)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise                                          # the second is what a CPU's RuntimeError says
         sys.exit("train.py: out of memory; lower --batch_size (the step stays the same, in more passes), "
                  "then --block_size or --n_embd")
     except KeyboardInterrupt:

@@ -16,8 +16,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import Countdown, cross_entropy, validation_windows
-from eval_hellaswag import choose_device
-from model import TABLE_3, ConfigError, load_checkpoint, variant_name
+from model import TABLE_3, ConfigError, choose_device, load_checkpoint, variant_name
 from prepare_fineweb import InputError, get_tokenizer
 from train import true_or_false
 
@@ -38,7 +37,7 @@ def perplexity(model, windows, eot, dtype="float32", mask_documents=True):
 
 def print_perplexity(model, args):
     """Print the validation perplexity on args.data beside the paper's; the other arguments are `add_arguments`'s."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, among=("cuda", "cpu"))
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
     windows, eot = validation_windows(args.data, model.config, args.windows), get_tokenizer(model.config.tokenizer).eot
     value = perplexity(model.to(device).eval(), windows, eot, dtype, args.mask_documents)

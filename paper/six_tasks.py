@@ -29,8 +29,8 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from eval_hellaswag import HEAD_ROWS, URL, Progress, choose_device, parse_rows, read_bytes, token_log_probs
-from model import TABLE_3, ConfigError, count_parameters, generate, load_checkpoint, variant_name
+from eval_hellaswag import HEAD_ROWS, URL, Progress, parse_rows, read_bytes, token_log_probs
+from model import TABLE_3, ConfigError, choose_device, count_parameters, generate, load_checkpoint, variant_name
 from prepare_fineweb import InputError, atomic, get_tokenizer
 
 FEWSHOT_SEED = 1234  # lm_eval's default; the examples in front of each item follow from it
@@ -189,7 +189,7 @@ def score_batch(model, rows, device, dtype):
     targets = torch.tensor([token for _, continuation in rows for token in continuation], dtype=torch.long,
                            device=device)
     likeliest = torch.cat([model.logits(part).argmax(-1) for part in picked.split(HEAD_ROWS)])
-    log_probs = token_log_probs(model, picked, targets).double().cpu()
+    log_probs = token_log_probs(model, picked, targets).cpu().double()
     greedy = (likeliest == targets).cpu()
     return [(p.sum().item(), g.all().item()) for p, g in zip(log_probs.split(lengths), greedy.split(lengths))]
 
@@ -367,7 +367,7 @@ def run(args):
         raise InputError("needs lm_eval: pip install -r paper/requirements.txt")
     if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
         raise InputError(f"--out={args.out}: its folder does not exist or cannot be written")  # not after the work
-    model = load_checkpoint(args.ckpt, choose_device(args.device)).eval()
+    model = load_checkpoint(args.ckpt, choose_device(args.device, among=("cuda", "cpu"))).eval()
     needed = get_tokenizer(model.config.tokenizer).n_vocab
     if model.config.vocab_size < needed:
         raise InputError(

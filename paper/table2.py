@@ -17,8 +17,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import Countdown, analyse, validation_windows
-from eval_hellaswag import choose_device
-from model import ConfigError, load_checkpoint
+from model import ConfigError, choose_device, load_checkpoint
 from prepare_fineweb import InputError, atomic
 
 PAPER_TABLE_2 = {  # attention sink, token similarity, PCA core features (of C = 1024)
@@ -95,7 +94,7 @@ def run(args):
     if len(set(labels)) < len(labels):
         raise InputError("two checkpoints share folder and file name, so one JSON would replace the other: "
                          "rename a folder")
-    records, device = [], choose_device(args.device)
+    records, device = [], choose_device(args.device, among=("cuda", "cpu"))
     for path, label in zip(args.ckpt, labels):
         model = load_checkpoint(path, device)
         if args.ablate_anchor and model.config.anchor == "none":
