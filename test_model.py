@@ -1056,7 +1056,8 @@ def test_every_setting_is_a_flag_with_help(capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"), (["--device=cuda"], "--device=cuda is not there: torch can use"),
+    (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"),
+    (["--device=cuda"], "--device=cuda is not there: torch can use"),
     (["--batch_size=0"], "--batch_size=0"), (["--dtype=float16"], "--dtype=float16 must be one of"),
     (["--n_head=3"], "n_embd=32 is not a multiple of n_head=3"),
     (["--block_size=5000", "--total_batch_size=10000"], "lower --block_size"),

@@ -125,24 +125,13 @@ MAY_CHANGE_ON_RESUME = set("""out_dir resume data device compile deterministic m
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an unknown flag says which one was probably meant, in one line."""
+    """argparse, but an unknown flag or name says which one was probably meant, in one line."""
 
     def error(self, message):
-        unknown = re.search(r"unrecognized arguments: --([^\s=]+)", message)
-        names = [name for action in self._actions for name in action.option_strings]
-        near = difflib.get_close_matches(f"--{unknown[1]}", names, 1) if unknown else []
+        unknown = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s=']+)", message)
+        names = [name for action in self._actions for name in (*action.option_strings, *(action.choices or ()))]
+        near = difflib.get_close_matches(unknown[1], names, 1) if unknown else []
         self.exit(2, f"{self.prog}: {message}{f' (did you mean {near[0]}?)' if near else ''}; --help lists all flags\n")
-
-
-def one_of(names):
-    """An argparse type that takes one of `names` and suggests the nearest for any other."""
-    def check(text):
-        if text not in names:
-            near = difflib.get_close_matches(text, names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-            raise argparse.ArgumentTypeError(f"unknown {text!r}, {hint}")
-        return text
-    return check
 
 
 def true_or_false(text):
@@ -161,9 +150,9 @@ def parse_flags(argv):
     """(variant or None, preset or None, {flag: value} of the flags that were given)."""
     parser = Parser(prog="train.py", description="Train a variant of ExoFormer.", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("--variant", type=one_of(list(VARIANTS)), default=None, metavar="NAME",
+    parser.add_argument("--variant", choices=VARIANTS, default=None, metavar="NAME",
                         help=f"row of Table 3 (default: exo_dynamic): {', '.join(VARIANTS)}")
-    parser.add_argument("--preset", type=one_of(list(PRESETS)), default=None, metavar="NAME",
+    parser.add_argument("--preset", choices=PRESETS, default=None, metavar="NAME",
                         help="paper, small or smoke (default: paper where there are a CUDA device and the FineWeb "
                              "shards, else smoke)")
     for config in (TrainConfig, ModelConfig):
