@@ -630,22 +630,10 @@ def checked(response):
     if status in (200, 206):
         raise Retry("a web page came instead of the file")
     if status in (408, 416, 425, 429) or status >= 500:
-        raise Retry(f"HTTP {status}", seconds(response.headers.get("Retry-After", "")))
+        asked = response.headers.get("Retry-After", "")                    # seconds; a date gets the usual back-off
+        raise Retry(f"HTTP {status}", float(asked) if asked.isdecimal() else 0.0)
     hint = "; set HF_TOKEN to a token that may read it" if status in (401, 403) else ""
     raise InputError(f"HTTP {status} from {urlsplit(response.url).hostname}{hint}")
-
-
-def seconds(retry_after):
-    """A Retry-After header, a number of seconds or a date, as seconds from now."""
-    from email.utils import parsedate_to_datetime
-    try:
-        return float(retry_after)
-    except ValueError:
-        pass
-    try:
-        return parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except (ValueError, TypeError):
-        return 0.0
 
 
 def again(name, action, stop, backoff, attempts=8, progress=lambda: 0):
