@@ -1150,6 +1150,9 @@ def launch_ranks(n, folder, *flags, **kwargs):
                             stderr=subprocess.STDOUT, **kwargs)
 
 
+ENDLESS = [*SMALL, "--total_batch_size=128", "--max_steps=100000", "--eval_every=0"]
+
+
 def run_ranks(n, folder, *flags):
     process = launch_ranks(n, folder, *flags)
     out = process.communicate(timeout=200)[0]
@@ -1198,9 +1201,7 @@ def test_two_processes_equal_one_with_two_accumulations_bit_for_bit(data, tmp_pa
 @pytest.mark.slow
 def test_a_dead_process_ends_the_job_and_the_run_resumes(data, tmp_path):
     folder = tmp_path / "a"
-    flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=100000", "--eval_every=0",
-             "--save_every=5"]
-    process = launch_ranks(2, folder, *flags)
+    process = launch_ranks(2, folder, *ENDLESS, f"--data={data}", "--save_every=5")
     wait_for(lambda: folder.exists() and len(list(folder.glob("ckpt_*.pt"))) > 1)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -1215,9 +1216,7 @@ def test_a_dead_process_ends_the_job_and_the_run_resumes(data, tmp_path):
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_once(data, tmp_path):
     folder = tmp_path / "a"
-    flags = [*SMALL, f"--data={data}", "--total_batch_size=128", "--max_steps=100000", "--eval_every=0",
-             "--save_every=0"]
-    process = launch_ranks(2, folder, *flags)
+    process = launch_ranks(2, folder, *ENDLESS, f"--data={data}", "--save_every=0")
     wait_for(lambda: (folder / "log.jsonl").exists() and len(open(folder / "log.jsonl").readlines()) > 3)
     process.terminate()
     out = process.communicate(timeout=90)[0]

@@ -188,7 +188,7 @@ def draw_lambda_map(record, folder):
     for axes, (s, table) in zip(page.axes, tables.items()):
         image = draw_map(axes, ratio(table), limits, title=NAMES[s], ylabel="layer",
                          xlabel="head (its channels side by side)")
-        rows = np.unique(np.linspace(0, len(table["layers"]) - 1, min(8, len(table["layers"]))).round().astype(int))
+        rows = range(0, len(table["layers"]), 1 + len(table["layers"]) // 13)
         axes.set_yticks(rows, [table["layers"][row] for row in rows])
         width, step = len(table["anchor"][0]) / heads, max(1, heads // 8)
         if width >= 1:
