@@ -786,6 +786,28 @@ def test_resume_is_bitwise_compiled_and_at_the_edge_of_an_epoch(data, tmp_path):
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
 
 
+def test_a_run_killed_in_its_last_evaluation_loses_no_step(data, tmp_path, monkeypatch):
+    """The last evaluation may read the whole validation set; the log ends as if nothing had happened."""
+    whole, evaluation = train_fully(tmp_path / "a", data, "--save_every=0"), T.evaluation
+
+    def killed(trainer, tokens):
+        if trainer.step == 12:
+            raise KeyboardInterrupt
+        return evaluation(trainer, tokens)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(T, "evaluation", killed)
+        trainer, run_folder = start(tmp_path / "b", data, "--save_every=0")
+        try:
+            T.run(trainer, run_folder, NeverStop())
+        finally:
+            run_folder.log.close(), run_folder.lock.close()
+    resumed = train_fully(tmp_path / "b", data, "--resume")
+    assert resumed.step == 12 and same_state(whole, resumed) == [] and resumed.best_val == whole.best_val
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b") and "val_loss" in log_of(tmp_path / "b")[-1]
+    assert len(log_of(tmp_path / "b")) == 13 and train_fully(tmp_path / "b", data, "--resume").step == 12
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+
+
 def test_same_seed_same_run_other_seed_another(data, tmp_path):
     a, b, c = (train_fully(tmp_path / name, data, f"--seed={seed}", "--max_steps=3")
                for name, seed in (("a", 1), ("b", 1), ("c", 2)))
@@ -1132,7 +1154,7 @@ def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_pat
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
     process = launch(tmp_path / "a", f"--data={data}", preexec_fn=limit)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and out.count("COULD NOT SAVE") == 3 and "Traceback" not in err
+    assert process.returncode == 1 and out.count("COULD NOT SAVE") == 4 and "Traceback" not in err
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["lock", "log.jsonl"]
     assert len(log_of(tmp_path / "a")) == 13
 

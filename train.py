@@ -624,6 +624,7 @@ class Trainer:
             self.objective.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS[config.device])
         self.parallel = TEAM.wrap(self.objective)
         self.step, self.best_val = 0, math.inf
+        self.unreported = None                             # the record of a last step that was not evaluated nor logged
 
     def update(self):
         """One optimizer step: (cross-entropy, z, gradient norm, learning rate of the matrices)."""
@@ -715,6 +716,7 @@ class Trainer:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.step, self.best_val = checkpoint["step"], checkpoint["best_val"]
+        self.unreported = checkpoint.get("unreported")
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if self.config.device == "cuda" and checkpoint["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
@@ -889,17 +891,22 @@ def run(trainer, folder, stop):
     reporter, began = Reporter(trainer), time.monotonic()
     if trainer.step == 0:
         folder.write(dict(step=0, tokens=0, **evaluation(trainer, config.eval_tokens)))
-    while trainer.step < config.max_steps:
-        step_began = time.monotonic()
-        measured = trainer.update()
-        record = reporter.record(*measured, time.monotonic() - step_began)
-        reporter.show(record)
+    record = trainer.unreported
+    while record or trainer.step < config.max_steps:
+        if record is None:
+            step_began = time.monotonic()
+            measured = trainer.update()
+            record = reporter.record(*measured, time.monotonic() - step_began)
+            reporter.show(record)
+            if trainer.step == config.max_steps:           # the last evaluation is long: a kill there must cost no step
+                folder.save(trainer.step, {**trainer.state(), "unreported": record}, config.keep)
         step, finished = trainer.step, trainer.step == config.max_steps
         if finished or (config.eval_every and step % config.eval_every == 0):
             record |= evaluation(trainer, config.final_eval_tokens if finished else config.eval_tokens)
         if items and (finished or step % config.hellaswag_every == 0):
             record |= hellaswag(trainer, items)
         folder.write(record)
+        record = None
         minutes = (time.monotonic() - began) / 60
         asked = torch.tensor([stop.signal, int(0 < config.max_minutes <= minutes)])
         signal_number, out_of_time = TEAM.largest(asked).tolist()         # a signal may reach one process only
