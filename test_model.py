@@ -1663,7 +1663,8 @@ def test_ctrl_c_is_one_line_without_traceback(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", word_texts(4000, 400))
     process = subprocess.Popen([sys.executable, pf.__file__, "--input", *[path] * 30, "--tokenizer=bytes",
                                 "--workers=8", f"--out={tmp_path / 'out'}"], start_new_session=True,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # & ignores it
     while not (tmp_path / "out" / pf.STAGE).exists():
         time.sleep(0.01)
     time.sleep(0.1)                                                 # the workers are starting, or wait for work
