@@ -8,6 +8,7 @@ The order is the paper's: model, mixing, variants, Muon, training, then data and
 the code under test: loops in float64, numbers that the paper's released code computed, a second implementation.
 """
 import contextlib
+import copy
 import errno
 import functools
 import gzip
@@ -812,6 +813,29 @@ def test_same_seed_same_run_other_seed_another(data, tmp_path):
     a, b, c = (train_fully(tmp_path / name, data, f"--seed={seed}", "--max_steps=3")
                for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert same_state(a, b) == [] and same_state(a, c) != []
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e9])
+def test_a_step_follows_the_clipped_gradient_of_the_mean_loss(clip, data, tmp_path):
+    """Two passes of two sequences, against one float64 pass of all four: cross-entropy, z, norm, and how far plain
+    gradient descent in the optimizers' place moves each weight."""
+    trainer, run_folder = start(tmp_path / "a", data, f"--grad_clip={clip}", "--z_loss=0.01", "--variant=exo_dynamic")
+    run_folder.log.close(), run_folder.lock.close()
+    for p in trainer.model.parameters():
+        p.data += 0.05 * torch.randn_like(p)                                # at init most gradients are zero
+    trainer.optimizers = [torch.optim.SGD(trainer.model.parameters(), lr=1.0)]
+    exact, windows = copy.deepcopy(trainer.model).double(), trainer.train.shuffled(1337, 0, 4).astype(np.int64)
+    idx, targets = torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
+    logits = exact(idx, (idx == 256).cumsum(1))
+    cross_entropy = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
+    z = logits.exp().sum(-1).log().square().mean()
+    (cross_entropy + 0.01 * z).backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in exact.parameters()))
+    assert (norm > clip) == (clip == 0.5)
+    assert trainer.update()[:3] == pytest.approx((cross_entropy.item(), z.item(), norm), rel=1e-4)
+    step = 0.003 / 2 * min(1, clip / norm)                                  # the first of two warm-up steps
+    for (name, p), q in zip(trainer.model.named_parameters(), exact.parameters()):
+        torch.testing.assert_close(p.double(), q - step * q.grad, atol=2e-7, rtol=0, msg=name)
 
 
 def test_accumulation_computes_the_same_step(data, tmp_path):
