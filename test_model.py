@@ -374,6 +374,19 @@ def test_optimizers_partition_the_parameters(variant):
     assert parts[id(layer.attn.out_proj.weight)] == 1
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_matrices_decay_and_nothing_else_does(optimizer):
+    """The rates of Table 4, in either optimizer; embedding, head, gains, lambdas and biases are left alone."""
+    model = ExoFormer(variant_config("exo_dynamic", **TINY))
+    config = T.TrainConfig(device="cpu", optimizer=optimizer, weight_decay=0.25)
+    optimizers = T.build_optimizers(model, config)
+    decay = {id(p): group["weight_decay"] for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        matrix = p.dim() == 2 and "lambda" not in name and not name.startswith(("embed", "head"))
+        assert decay[id(p)] == (0.25 if matrix else 0.0), name
+    assert all(group.get("betas", (0.9, 0.95)) == (0.9, 0.95) for o in optimizers for group in o.param_groups)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "resformer", "nuresformer", "exo_dynamic"])
 def test_one_graph_and_no_recompilation(variant):
