@@ -305,13 +305,11 @@ def variant_style(variant):
 
 
 def styles_of(groups):
-    """A style for each group: its variant's where that is still free, else the next that nobody has."""
-    free, taken = [variant_style(name) for name in VARIANTS], []
-    for group in groups:
-        own = variant_style(group.variant) if group.variant else None
-        taken.append(own if own in free else (free + [variant_style("base")])[0])
-        free = [style for style in free if style not in taken]
-    return taken
+    """A style for each group: the first of a variant has the variant's own, others one of a variant that is not here."""
+    here = [group.variant for group in groups]
+    free = [variant_style(name) for name in VARIANTS if name not in here] + [variant_style("base")] * len(groups)
+    return [variant_style(variant) if variant and variant not in here[:i] else free.pop(0)
+            for i, variant in enumerate(here)]
 
 
 def draw(groups, baseline, path):

@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import threading
+import types
 from dataclasses import asdict
 
 import numpy as np
@@ -186,6 +187,16 @@ def test_a_baseline_that_is_not_there_and_a_run_given_twice_are_refused(tmp_path
         compare.main([run, "--baseline=gatd"])
     with pytest.raises(SystemExit, match="exo and .*again are one experiment with one seed"):
         compare.main([run, twin])
+
+
+def test_a_variant_keeps_its_style_whatever_stands_beside_it():
+    """A second row of the same variant, or one of no row of Table 3, takes a look that nobody here has."""
+    groups = [compare.Group(label, [types.SimpleNamespace(variant=variant)]) for label, variant in (
+        ("gated", "gated"), ("gated wide", "gated"), ("resformer", "resformer"), ("odd", ""), ("base", "base"))]
+    styles = compare.styles_of(groups)
+    for i in (0, 2, 4):
+        assert styles[i] == compare.variant_style(groups[i].variant)
+    assert len({style["marker"] for style in styles}) == 5
 
 
 # ---- usage ----
