@@ -343,8 +343,8 @@ class StaticMixing(nn.Module):
         self.letters = letters
 
     def forward(self, h):
-        one = torch.ones((), device=h.device)
-        return dict.fromkeys(self.letters, (one, one))
+        ones = torch.ones(2, device=h.device).unbind()       # two tensors: Dynamo refuses one that comes in twice
+        return dict.fromkeys(self.letters, ones)
 
 
 class WeightedSum(torch.autograd.Function):

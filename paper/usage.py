@@ -99,11 +99,11 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; repetitions with other seeds are averaged")
     parser.add_argument("--png", default="", help="write the picture to this file")
     args = parser.parse_args(argv)
-    if args.png and not compare.can_draw():
-        sys.exit("usage.py: matplotlib is not installed; pip install -r paper/requirements.txt")
     try:
         if not os.path.isdir(os.path.dirname(args.png) or "."):
             raise InputError(f"{args.png}: its folder does not exist")
+        if args.png and not compare.can_draw():
+            raise InputError("--png needs matplotlib: pip install -r paper/requirements.txt")
         groups = compare.group_runs([compare.read_run(folder) for folder in args.runs])
         usages = [usage_of_group(group) for group in groups]
         print("\n".join(table_of(groups, usages)))
