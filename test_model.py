@@ -1167,7 +1167,7 @@ def test_a_storm_of_kills_loses_nothing(data, tmp_path):
     """paper/storm.py runs this for as long as you like."""
     folder, rng = tmp_path / "a", np.random.default_rng(3)
     flags = [f"--data={data}", "--max_steps=150", "--save_every=5", "--eval_every=50", "--keep=2"]
-    for kills in range(8):
+    for kills in range(5):
         resume = folder.exists() and any(folder.glob("ckpt_*.pt"))
         process = launch(folder, *(["--resume"] if resume else flags)) if resume or not folder.exists() else None
         if process is None:
@@ -1224,10 +1224,9 @@ def weights(folder, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["base", "exo_dynamic"])
-def test_one_two_and_three_processes_are_the_same_run(variant, data, tmp_path):
+def test_one_two_and_three_processes_are_the_same_run(data, tmp_path):
     """6 sequences a step in 6, 3 and 2 passes a process. Sums are ordered differently, so not bit for bit."""
-    flags = [*SMALL, f"--data={data}", f"--variant={variant}", "--batch_size=1", "--total_batch_size=192",
+    flags = [*SMALL, f"--data={data}", "--variant=exo_dynamic", "--batch_size=1", "--total_batch_size=192",
              "--max_steps=20", "--muon_dtype=float32", "--eval_every=10"]
     for n in (1, 2, 3):
         run_ranks(n, tmp_path / str(n), *flags)
