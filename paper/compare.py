@@ -305,7 +305,7 @@ def variant_style(variant):
 
 
 def styles_of(groups):
-    """A style for each group: the first of a variant has the variant's own, others one of a variant that is not here."""
+    """A style for each group: the first of a variant has the variant's own, others that of a variant not here."""
     here = [group.variant for group in groups]
     free = [variant_style(name) for name in VARIANTS if name not in here] + [variant_style("base")] * len(groups)
     return [variant_style(variant) if variant and variant not in here[:i] else free.pop(0)
