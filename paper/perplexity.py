@@ -41,10 +41,10 @@ def print_perplexity(model, args):
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
     windows, eot = validation_windows(args.data, model.config, args.windows), get_tokenizer(model.config.tokenizer).eot
     value = perplexity(model.to(device).eval(), windows, eot, dtype, args.mask_documents)
-    paper = TABLE_3.get(variant_name(model.config))
+    millions, paper, _ = TABLE_3.get(variant_name(model.config), (0, 0, 0))
+    beside = f" (the paper's {millions} M model: {paper:.2f} over 100M GPT-2 tokens)" if millions else ""
     print(f"perplexity  {value:.4f} over {len(windows):,} windows of {windows.shape[1] - 1} validation tokens, "
-          f"cross-entropy alone, documents {'masked' if args.mask_documents else 'not masked'}, {dtype}"
-          f"{f' (Table 3: {paper[1]:.2f}, over all 100M tokens)' if paper else ''}")
+          f"cross-entropy alone, documents {'masked' if args.mask_documents else 'not masked'}, {dtype}{beside}")
 
 
 def add_arguments(parser):
