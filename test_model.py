@@ -773,9 +773,10 @@ def test_a_token_outside_the_vocabulary_names_its_shard(data):
 
 
 @pytest.mark.parametrize("variant, flags", [
-    ("base", []), ("nuresformer", ["--mask_documents=false"]), ("exo_dynamic", []),
-    ("exo_dynamic", ["--muon_ramp", "--muon_beta2=0.95"]), ("exo", ["--optimizer=adamw"]),
-    ("gated", ["--dtype=bfloat16"]), ("exo_dynamic", ["--dtype=pure_bfloat16"])])
+    ("base", []), ("exo_dynamic", ["--muon_ramp", "--muon_beta2=0.95"]), ("gated", ["--dtype=bfloat16"]),
+    *(pytest.param(*run, marks=pytest.mark.slow) for run in (
+        ("nuresformer", ["--mask_documents=false"]), ("exo_dynamic", []), ("exo", ["--optimizer=adamw"]),
+        ("exo_dynamic", ["--dtype=pure_bfloat16"])))])
 def test_resume_is_bitwise(variant, flags, data, tmp_path):
     """12 steps = 5 steps, a stop, 7 more: weights, optimizer states, log. The first epoch ends within step 11."""
     flags = [f"--variant={variant}", *flags]
@@ -1059,8 +1060,8 @@ def test_data_that_changed_since_is_refused(data, tmp_path):
 
 
 def test_a_run_resumes_where_its_data_moved_to(data, tmp_path, capsys):
-    whole = train_fully(tmp_path / "a", data)
-    train_fully(tmp_path / "b", data, stop_after=5)
+    whole = train_fully(tmp_path / "a", data, "--max_steps=5")
+    train_fully(tmp_path / "b", data, "--max_steps=5", stop_after=2)
     shutil.copytree(data, tmp_path / "moved")
     resumed = train_fully(tmp_path / "b", data, "--resume", f"--data={tmp_path / 'moved'}")
     assert same_state(whole, resumed) == [] and f"data from {data} to {tmp_path / 'moved'}" in capsys.readouterr().out
@@ -1676,6 +1677,7 @@ def kill_after(seconds, *args, begun=lambda: True, **env):
     pytest.fail("worker processes outlived the killed run by 10 s")
 
 
+@pytest.mark.slow
 def test_kill_9_while_tokenising_then_the_same_command_gives_the_same_shards(tmp_path):
     path, out, rng = write_jsonl(tmp_path / "a.jsonl", word_texts(4000, 300)), tmp_path / "out", random.Random(0)
     command = ["--input", path, "--tokenizer=bytes", "--workers=2", "--shard_tokens=100000", f"--out={out}"]
@@ -2118,6 +2120,7 @@ def test_shards_that_came_by_other_means_are_kept_and_verified_by_the_hub_s_chec
     assert file_requests(hub) == [] and pf.verify(str(tmp_path / "out")) == 1
 
 
+@pytest.mark.slow
 def test_kill_9_while_downloading_then_the_same_command_gives_the_published_bytes(tmp_path, hub, monkeypatch):
     out, rng = tmp_path / "out", random.Random(1)
     monkeypatch.setattr(Troubled, "piece", 70_000)                              # more than CHUNK, so that each arrives
