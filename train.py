@@ -810,12 +810,22 @@ def sample(trainer):
     return tokenizer.decode([t for t in out[0, 1:].tolist() if t != tokenizer.eot])
 
 
-def attention_weights(q, k):
-    """softmax(q k^T / sqrt(D)) under the causal mask, (..., T, T) float32, of rotated q, k (..., T, D)."""
-    with torch.autocast(q.device.type, enabled=False):
-        scores = q.float() @ k.float().mT / math.sqrt(q.size(-1))
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(later, -torch.inf).softmax(-1)
+def attention_weights(attn, proj, at):
+    """softmax(q k^T / sqrt(D)) under the causal mask, one (T, T) float32 for each head in turn, of a layer's attention
+    and the mixed projections {s: (1, T, H, D)} that it is about to attend with."""
+    q, k = at.rotate(attn.q_norm(proj["q"]))[0].transpose(0, 1), at.rotate(attn.k_norm(proj["k"]))[0].transpose(0, 1)
+    later = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
+    for q_head, k_head in zip(q, k):                                                                    # (T, D) each
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q_head.float() @ k_head.float().T / math.sqrt(q.size(-1))
+        yield scores.masked_fill(later, -torch.inf).softmax(-1)
+
+
+def median_ratio(mix, s):
+    """Median over channels of lambda_1 / lambda_2 of letter s in a layer's `mix`; None if it is not there, or is not
+    finite, for which JSON has no word."""
+    median = (mix[s].lambda_anchor / mix[s].lambda_current).float().quantile(0.5).item() if s in mix else math.nan
+    return median if math.isfinite(median) else None
 
 
 @torch.no_grad()
@@ -828,12 +838,11 @@ def anchor_use(model, idx):
 
     Hooks on the uncompiled model, for one forward pass: model.py knows nothing of it, nor does the graph that trains.
     """
-    at, use = Causal(model.config, idx.size(1), idx.device), dict(attention_sink=[], gate_mean=[], lambda_ratio={})
+    at, use = Causal(model.config, idx.size(1), idx.device), dict(attention_sink=[], gate_mean=[])
 
     def see(attn, proj):
         """A layer's mixed projections, {s: (1, T, H, D)}, on their way to its gate."""
-        q, k = (at.rotate(norm(proj[s]))[0].transpose(0, 1) for s, norm in (("q", attn.q_norm), ("k", attn.k_norm)))
-        sinks = [attention_weights(*head)[:, 0].mean() for head in zip(q, k)]              # one (T, T) at a time
+        sinks = [weights[:, 0].mean() for weights in attention_weights(attn, proj, at)]
         use["attention_sink"].append(torch.stack(sinks).mean().item())
         if "g" in proj:
             use["gate_mean"].append(torch.sigmoid(proj["g"].float()).mean().item())
@@ -843,11 +852,7 @@ def anchor_use(model, idx):
     model.trunk(idx)
     for hook in hooks:
         hook.remove()
-    for s in model.config.mix:
-        ratio = {layer: layer.attn.mix[s].lambda_anchor / layer.attn.mix[s].lambda_current
-                 for layer in model.layers if s in layer.attn.mix}
-        medians = [ratio[layer].float().quantile(0.5).item() if layer in ratio else math.nan for layer in model.layers]
-        use["lambda_ratio"][s] = [median if math.isfinite(median) else None for median in medians]     # JSON has no nan
+    use["lambda_ratio"] = {s: [median_ratio(layer.attn.mix, s) for layer in model.layers] for s in model.config.mix}
     return {name: numbers for name, numbers in use.items() if numbers}
 
 

@@ -150,9 +150,7 @@ class Watch:
         """What layer i (0-based) attends with: proj {s: (1, T, H, D)}, mixed, q and k not yet normed."""
         attn, length = self.model.layers[i].attn, proj["q"].size(1)
         at = Causal(self.model.config, length, proj["q"].device)
-        q, k = at.rotate(attn.q_norm(proj["q"])), at.rotate(attn.k_norm(proj["k"]))
-        for head in range(q.size(2)):                                           # one (T, T) at a time
-            weights = attention_weights(q[0, :, head], k[0, :, head])
+        for weights in attention_weights(attn, proj, at):
             self.sink[i].add(weights[:, 0])
             self.entropy[i].add(torch.special.entr(weights).sum(-1))
         if "g" in proj:
