@@ -270,16 +270,20 @@ class Progress:
 
     def update(self, done, note=""):
         now = time.monotonic()
-        finished = self.terminal and done >= self.total                    # ends the line that was written over
-        if now - self.last < (1 if self.terminal else 10) and not finished:
+        if now - self.last < (1 if self.terminal else 10):
             return
-        self.last, rate = now, (done - self.first) / max(now - self.start, 1e-9)
+        self.last, rate = now, (done - self.first) / (now - self.start)
         left = (self.total - done) / rate if rate > 0 else float("inf")
         clock = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if left < 1e6 else "?"
         line = (f"{self.what}: {100 * done / self.total:.1f} % of {self.total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s, "
                 f"{clock} left{note}")
-        start, end = ("\r", "\n" if finished else "") if self.terminal else ("", "\n")
-        print(f"{start}{line:<100}" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+        line, end = (f"\r{line:<100}", "") if self.terminal else (line, "\n")
+        print(line, end=end, file=sys.stderr, flush=True)
+
+    def end(self):
+        """Leave the line that was written over, if there is one."""
+        if self.terminal and self.last > self.start:
+            print(file=sys.stderr, flush=True)
 
 
 # ---- your own text: documents -> encode -> cut -----------------------------------------------------------------------
@@ -499,6 +503,7 @@ def write_splits(results, train, val, val_fraction, max_bad_lines, progress):
             writer.append(tokens)
         total.update(counts)
         progress.update(done, f", {train.tokens + val.tokens:,} tokens")
+    progress.end()
     if not train.tokens:
         raise InputError("there is no text in these files; nothing was written")
     train.close()
@@ -740,6 +745,7 @@ def download(folder, shards=TRAIN_SHARDS, connections=4, backoff=1.0):
     except InputError as error:
         raise InputError(f"{error}; what has come is kept, run the same command again to go on") from None
     finally:
+        progress.end()
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
     print(f"{folder}: the validation shard and {shards} training shards are complete, {len(todo)} of these came now")
