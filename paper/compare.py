@@ -115,7 +115,8 @@ def read_run(folder):
         )
         with torch.device("meta"):
             parameters = count_parameters(ExoFormer(config))
-        variant = variant_name(config) if variant_name(config) in VARIANTS else ""
+        name = variant_name(config)
+        variant = "" if name == "custom" else name
     rates = [record["tokens"] / record["step"] / record["ms"] * 1000 for record in records if record.get("ms")]
     points = {record["tokens"]: record["val_loss"] for record in records if "val_loss" in record}
     return Run(folder, settings, variant, parameters, points, records[-1]["tokens"], records[-1]["step"],

@@ -97,7 +97,8 @@ def main():
         for folder in (stormy, calm):
             error = start(folder, flags).communicate()[1] if newest_step(folder) < args.max_steps else ""
             assert newest_step(folder) == args.max_steps, error
-        wanted = {key: newest(calm)[key] for key in ("model", "optimizers", "step", "best_val", "rng")}
+        end = newest(calm)
+        wanted = {key: end[key] for key in ("model", "optimizers", "step", "best_val", "rng")}
         different = differences(wanted, newest(stormy))
         assert not different, f"{len(different)} places differ, first {different[0]}"
         assert logged(calm) == logged(stormy), "the logs differ"

@@ -141,7 +141,8 @@ def state_of(job):
 
 def check_same(job):
     """InputError if the run in the job's folder was begun with other settings than the job has now."""
-    old, new = compare.read_settings(job.folder), {**vars(configs_of(job)[0]), **vars(configs_of(job)[1])}
+    model_config, config = configs_of(job)
+    old, new = compare.read_settings(job.folder), {**vars(model_config), **vars(config)}
     for name in sorted(set(old) & set(new) - compare.NOT_THE_EXPERIMENT):
         if old[name] != new[name]:
             raise InputError(f"{job.folder} holds a run with {name}={old[name]}, but now {name}={new[name]}: "
@@ -298,9 +299,10 @@ def names_in(known):
 
 def seeds_in(text):
     """An argparse type: whole numbers separated by commas, each once."""
-    if not all(seed.isdecimal() for seed in text.split(",")) or len(set(text.split(","))) < len(text.split(",")):
+    seeds = text.split(",")
+    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different whole numbers like 1,2,3")
-    return [int(seed) for seed in text.split(",")]
+    return list(map(int, seeds))
 
 
 def parse_arguments(argv):
