@@ -31,8 +31,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model import ConfigError, KVCache, choose_device, load_checkpoint
-from prepare_fineweb import InputError, atomic, get_tokenizer
+from model import KVCache, choose_device, load_checkpoint
+from prepare_fineweb import UserError, atomic_write, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------------------- 1 data
 
@@ -60,9 +60,9 @@ def fetch(split, folder):
     if not os.path.exists(path):
         data = download(URL.format(split))
         if not is_official(data, split):
-            raise InputError(f"{URL.format(split)} sent {len(data)} bytes that are not the official file; try again")
+            raise UserError(f"{URL.format(split)} sent {len(data)} bytes that are not the official file; try again")
         os.makedirs(folder, exist_ok=True)
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             file.write(data)
     return path
 
@@ -76,7 +76,7 @@ def download(url):
         reply.raise_for_status()
         return reply.content
     except requests.RequestException as error:
-        raise InputError(f"cannot download {url} ({type(error).__name__}); fetch it yourself and name it by "
+        raise UserError(f"cannot download {url} ({type(error).__name__}); fetch it yourself and name it by "
                          "--data (validation) or --train") from None
 
 
@@ -86,7 +86,7 @@ def read_bytes(path):
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             return file.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def read_split(split, path, folder):
@@ -96,16 +96,16 @@ def read_split(split, path, folder):
     data = read_bytes(name)
     official = is_official(data, split)
     if not path and not official:
-        raise InputError(f"{name} is not the official file any more; remove it and run again")
+        raise UserError(f"{name} is not the official file any more; remove it and run again")
     print(f"{name}: {'the official' if official else 'not the official'} {split} file")
     return parse_rows(data, name)
 
 
 def parse_rows(data, path):
-    """The rows of a HellaSwag file as dicts with an integer label. InputError names the first bad line of `path`."""
+    """The rows of a HellaSwag file as dicts with an integer label. UserError names the first bad line of `path`."""
     rows = [parse_row(line, f"{path}, line {n}") for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
     if not rows:
-        raise InputError(f"{path}: no items in it")
+        raise UserError(f"{path}: no items in it")
     return rows
 
 
@@ -114,9 +114,9 @@ def parse_row(line, place):
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{place}: not valid JSON ({error}); is the file cut off?") from None
+        raise UserError(f"{place}: not valid JSON ({error}); is the file cut off?") from None
     if problem := row_problem(row):
-        raise InputError(f"{place}: {problem}")
+        raise UserError(f"{place}: {problem}")
     return {**row, "label": int(row["label"])}
 
 
@@ -183,7 +183,7 @@ def draw_examples(train_rows, rows, shots, seed=1234):
     more is drawn than is needed: the row itself is left out if it is among them, else the last.
     """
     if shots >= len(train_rows):
-        raise InputError(f"{shots} examples cannot be drawn from {len(train_rows)} training items")
+        raise UserError(f"{shots} examples cannot be drawn from {len(train_rows)} training items")
     generator = random.Random(seed)
     drawn = (generator.sample(train_rows, shots + 1) for _ in rows)
     return ["".join(solved_example(r) for r in [r for r in some if r != row][:shots]) for row, some in zip(rows, drawn)]
@@ -249,7 +249,7 @@ def shape_of(item, block_size):
     """
     longest = max(map(len, item.endings))
     if longest > block_size:
-        raise InputError(f"item {item.index}: an ending of {longest} tokens does not fit into block_size={block_size}")
+        raise UserError(f"item {item.index}: an ending of {longest} tokens does not fit into block_size={block_size}")
     length = len(item.context) + longest - 1                 # the last token of an ending predicts nothing
     prefix = (len(item.context) - 1) // GRID * GRID if length <= block_size else 0
     return prefix, min(block_size, length) - prefix
@@ -310,12 +310,12 @@ def token_log_probs(model, hidden, targets):
 
 
 def check_model(model):
-    """InputError if the model's token ids are not GPT-2's."""
+    """UserError if the model's token ids are not GPT-2's."""
     config = model.config
     if config.tokenizer != "gpt2":
-        raise InputError(f"HellaSwag is scored in GPT-2 tokens; this model's tokenizer is {config.tokenizer!r}")
+        raise UserError(f"HellaSwag is scored in GPT-2 tokens; this model's tokenizer is {config.tokenizer!r}")
     if config.vocab_size < 50257:
-        raise InputError(f"HellaSwag needs GPT-2's 50,257 token ids; this model knows {config.vocab_size:,}")
+        raise UserError(f"HellaSwag needs GPT-2's 50,257 token ids; this model knows {config.vocab_size:,}")
 
 
 @torch.no_grad()
@@ -343,7 +343,7 @@ def score(model, items, batch_tokens=8192, dtype=torch.float32, progress=None):
         model.train(was_training)
     result = torch.stack([scores[item.index] for item in items])
     if not result.isfinite().all():
-        raise InputError("the model gives log-probabilities that are not finite; its weights are damaged")
+        raise UserError("the model gives log-probabilities that are not finite; its weights are damaged")
     return result
 
 
@@ -412,9 +412,9 @@ def read_results(path):
             record = json.loads(line)
             records[record["index"]] = {"label": record["label"], **{metric: record[metric] for metric in METRICS}}
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not a line of --out ({error})") from None
+            raise UserError(f"{path}, line {number}: not a line of --out ({error})") from None
     if not records:
-        raise InputError(f"{path}: no items in it")
+        raise UserError(f"{path}: no items in it")
     return records
 
 
@@ -422,7 +422,7 @@ def compare(path_a, path_b):
     """Print the paired difference of two --out files for each metric."""
     a, b = read_results(path_a), read_results(path_b)
     if {i: r["label"] for i, r in a.items()} != {i: r["label"] for i, r in b.items()}:
-        raise InputError(f"{path_a} ({len(a)} items) and {path_b} ({len(b)} items) do not hold the same items")
+        raise UserError(f"{path_a} ({len(a)} items) and {path_b} ({len(b)} items) do not hold the same items")
     print(f"A = {path_a}\nB = {path_b}\n{len(a)} items")
     for metric in METRICS:
         right_a, right_b = ([int(r[i][metric] == r[i]["label"]) for i in sorted(a)] for r in (a, b))
@@ -475,7 +475,7 @@ def parse_arguments(argv):
 def run(args):
     """Score a checkpoint, print the accuracies, write --out."""
     if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
-        raise InputError(f"--out={args.out}: its folder does not exist or cannot be written")      # not after the work
+        raise UserError(f"--out={args.out}: its folder does not exist or cannot be written")      # not after the work
     device = choose_device(args.device, among=("cuda", "cpu"))
     model = load_checkpoint(args.ckpt, device)
     check_model(model)
@@ -484,7 +484,7 @@ def run(args):
     scores = score(model, items, args.batch_tokens, getattr(torch, args.dtype), Progress())
     seconds, predicted = time.time() - start, predictions(items, scores)
     if args.out:
-        with atomic(args.out) as file:
+        with atomic_write(args.out) as file:
             file.writelines(f"{line}\n".encode() for line in item_lines(items, scores, predicted))
     report(args, model, items, accuracy(items, predicted), seconds, device)
 
@@ -505,7 +505,7 @@ def main(argv=None):
         compare(*args.compare) if args.compare else run(args)
     except torch.OutOfMemoryError:
         sys.exit(f"eval_hellaswag.py: the GPU's memory is full; halve --batch_tokens={args.batch_tokens}")
-    except (InputError, ConfigError) as error:
+    except UserError as error:
         sys.exit(f"eval_hellaswag.py: {error}")
 
 

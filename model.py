@@ -54,6 +54,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from prepare_fineweb import UserError
+
 # ------------------------------------------------------------------------------------------------------------- 1 config
 
 COMPONENTS = "qkvg"                 # the order of rows in every fused projection and of the slots of Eq. 11
@@ -62,10 +64,6 @@ GRANULARITY = {                     # the shape of a lambda, to broadcast agains
     "headwise": lambda n_head, head_dim: (n_head, 1),
     "elementwise": lambda n_head, head_dim: (n_head, head_dim),
 }
-
-
-class ConfigError(ValueError):
-    """A configuration or checkpoint that cannot be used; the message is one line for the user."""
 
 
 def setting(default, help):
@@ -79,7 +77,7 @@ class Checked:
     def __post_init__(self):
         for broken, message in self.problems():
             if broken:
-                raise ConfigError(message)
+                raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -586,7 +584,7 @@ class ExoFormer(nn.Module):
                      their own. Absent, "qk" is taken and a line says so
         settings     further ModelConfig fields that leave no trace in the keys: rope_theta, tokenizer
 
-        Every key must be used, or be one that the released forward pass never reads. ConfigError otherwise.
+        Every key must be used, or be one that the released forward pass never reads. UserError otherwise.
         """
         theirs = released_names(state_dict)
         config = released_config(theirs, n_head, anchor_norm, block_size=block_size, **settings)
@@ -598,11 +596,11 @@ class ExoFormer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- 6 use
 
 def choose_device(name, among=("cuda", "mps", "cpu")):
-    """The device of a --device flag; "auto" takes the first of `among` that is there. ConfigError where none is."""
+    """The device of a --device flag; "auto" takes the first of `among` that is there. UserError where none is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [device for device in among if there[device]]
     if name not in ("auto", *usable):
-        raise ConfigError(f"--device={name} is not there: torch can use {', '.join(usable)} on this machine")
+        raise UserError(f"--device={name} is not there: torch can use {', '.join(usable)} on this machine")
     return usable[0] if name == "auto" else name
 
 
@@ -699,7 +697,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file, on the CPU. ConfigError if it is missing, damaged or holds anything but data.
+    """The dict in a checkpoint file, on the CPU. UserError if it is missing, damaged or holds anything but data.
 
     torch.load does not notice a flipped bit; the CRC of every record of the zip archive does.
     """
@@ -709,15 +707,15 @@ def read_checkpoint(path):
         if damaged is None:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such checkpoint") from None
+        raise UserError(f"{path}: no such checkpoint") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
             pickle.UnpicklingError) as error:
         why = f"{type(error).__name__}: {str(error)[:80]}".split("\n")[0]
-        raise ConfigError(f"{path} is not a whole checkpoint ({why})") from None
+        raise UserError(f"{path} is not a whole checkpoint ({why})") from None
     if damaged is not None:
-        raise ConfigError(f"{path} is damaged: its record {damaged} fails its checksum")
+        raise UserError(f"{path} is damaged: its record {damaged} fails its checksum")
     if not isinstance(checkpoint, dict):
-        raise ConfigError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
 
 
@@ -731,13 +729,13 @@ def load_checkpoint(path, device="cpu"):
     known = {f.name for f in fields(ModelConfig)}
     unknown = sorted(set(checkpoint["model_config"]) - known)
     if unknown:
-        raise ConfigError(f"{path} has settings this version does not know: {', '.join(unknown)}")
+        raise UserError(f"{path} has settings this version does not know: {', '.join(unknown)}")
     model = ExoFormer(ModelConfig(**checkpoint["model_config"]))
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         why = str(error).split("\n")[-1].strip()
-        raise ConfigError(f"{path}: its weights do not fit its configuration ({why})") from None
+        raise UserError(f"{path}: its weights do not fit its configuration ({why})") from None
     return model.to(device)
 
 
@@ -767,12 +765,12 @@ def released_names(state):
 def released_config(state, n_head, anchor_norm, **settings):
     """The ModelConfig that a released state dict was trained with, from its keys and shapes alone."""
     if "transformer.wte.weight" not in state:
-        raise ConfigError(f"not a checkpoint of the released code: no transformer.wte.weight among {len(state)} keys")
+        raise UserError(f"not a checkpoint of the released code: no transformer.wte.weight among {len(state)} keys")
     vocab_size, n_embd = state["transformer.wte.weight"].shape
     n_layer = len({key.split(".")[2] for key in state if key.startswith("transformer.layers.")})
     for needed in ("transformer.layers.0.mlp.fc1.weight", f"transformer.layers.{n_layer - 1}.attn.c_attn.weight"):
         if needed not in state:
-            raise ConfigError(f"the checkpoint lacks {needed}")
+            raise UserError(f"the checkpoint lacks {needed}")
     last = f"transformer.layers.{n_layer - 1}.attn."     # not layer 0, which mixes nothing if its own is the anchor
     lambdas = {s: state[f"{last}lambda_{s}1"] for s in COMPONENTS if f"{last}lambda_{s}1" in state}
     shape = next(iter(lambdas.values())).shape if lambdas else torch.Size()
@@ -780,7 +778,7 @@ def released_config(state, n_head, anchor_norm, **settings):
     head_dim = None if q_norm is None else q_norm.size(-1)
     n_head = n_head or (n_embd // head_dim if head_dim else shape[0] if shape.numel() > 1 else None)
     if n_head is None:
-        raise ConfigError("the keys do not tell the number of heads; pass n_head")
+        raise UserError("the keys do not tell the number of heads; pass n_head")
     mix = "".join(lambdas)
     anchor = "exogenous" if "anchor_proj.weight" in state else "internal" if mix else "none"
     fc1 = state.get(f"{last}dynamic_mixing.fc1.weight")
@@ -798,17 +796,17 @@ def released_anchor_norm(state, anchor, mix, asked):
     owned = "".join(s for s in mix if name.format(s) in state)
     told = anchor != "internal" or not set("qk") & set(mix) or set("vg") & set(owned)
     if told and asked not in (None, owned):
-        raise ConfigError(f"anchor_norm={asked!r}, but the keys say {owned!r}")
+        raise UserError(f"anchor_norm={asked!r}, but the keys say {owned!r}")
     if not told and asked is None:
         print("from_released: the keys do not say whether the q and k anchors are normalised; "
               f"taking anchor_norm={owned!r} (pass anchor_norm='' for a model trained without)")
     if not told and not set(asked or "") <= set(owned):
-        raise ConfigError(f"anchor_norm={asked!r} must be '' or {owned!r}: no other norm has a gain in these keys")
+        raise UserError(f"anchor_norm={asked!r} must be '' or {owned!r}: no other norm has a gain in these keys")
     return owned if told or asked is None else asked
 
 
 def translate_released(theirs, ours, config):
-    """The state dict `ours` filled with the released tensors in float32. ConfigError for a key missing or left over."""
+    """The state dict `ours` filled with the released tensors in float32. UserError for a key missing or left over."""
     filled, left = {}, dict.fromkeys(theirs)
     for name, like in ours.items():
         key = name
@@ -817,12 +815,12 @@ def translate_released(theirs, ours, config):
         for pattern, replacement in RELEASED_NAMES:
             key = re.sub(pattern, replacement, key)
         if key not in theirs:
-            raise ConfigError(f"the checkpoint lacks {key}")
+            raise UserError(f"the checkpoint lacks {key}")
         left.pop(key, None)
         filled[name] = fit_released(key, theirs[key].float(), like, config)
     unknown = [key for key in left if not any(re.fullmatch(dead, key) for dead in DEAD_IN_RELEASED)]
     if unknown:
-        raise ConfigError(f"the checkpoint holds {len(unknown)} tensors this model has no place for: {unknown[0]} ...")
+        raise UserError(f"the checkpoint holds {len(unknown)} tensors this model has no place for: {unknown[0]} ...")
     return filled
 
 
@@ -836,7 +834,7 @@ def fit_released(key, tensor, like, config):
     if ".lambda_" in key and tensor.numel() == like.numel():
         tensor = tensor.reshape(like.shape)
     if tensor.shape != like.shape:
-        raise ConfigError(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+        raise UserError(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
     return tensor
 
 
@@ -885,10 +883,9 @@ def main():
                             (args.temperature < 0, "--temperature must not be negative")):
         if broken:
             parser.error(message)
-    from prepare_fineweb import InputError
     try:
         print_samples(args) if args.ckpt else print_variants()
-    except (ConfigError, InputError) as error:
+    except UserError as error:
         sys.exit(f"model.py: {error}")
 
 

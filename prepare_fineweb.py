@@ -28,10 +28,11 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 SHARD_TOKENS = 100_000_000           # 200 MB a file, like the published shards
@@ -39,8 +40,106 @@ BATCH = 1 << 20                      # bytes of text a worker gets at once; also
 STAGE = ".unfinished"                # finished shards wait in this sub-folder, where nothing looks, for the rest
 
 
-class InputError(ValueError):
-    """A file, a flag, the network or the machine is at fault. One line: what is wrong, where, and what to do."""
+# ---- what every script of the project uses ---------------------------------------------------------------------------
+
+class UserError(ValueError):
+    """The user's input, a file, the network or the machine is at fault. One line: what is wrong, where, what to do."""
+
+
+def say(line, end="\n", file=None):
+    """Print at once. A stream that cannot be written (full disk, closed pipe) is dropped: it must not stop the work."""
+    file = file or sys.stdout
+    try:
+        print(line, end=end, file=file, flush=True)
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d}:{int(seconds) % 60:02d}"
+
+
+class Progress:
+    """A line on stderr with share, rate and time left: each second in place on a terminal, every 5 s elsewhere."""
+
+    def __init__(self, what, total, unit, done=0):
+        self.what, self.total, self.unit, self.first = what, max(total, 1), unit, done
+        self.in_place, self.began = sys.stderr.isatty(), time.monotonic()
+        self.shown = self.began
+
+    def update(self, done, note=""):
+        """Say that `done` of `total` units are done, if it is time to."""
+        now = time.monotonic()
+        if now - self.shown < (1 if self.in_place else 5):
+            return
+        self.shown, rate = now, (done - self.first) / (now - self.began)
+        left = clock((self.total - done) / rate) if rate > 0 else "?"
+        line = (f"{self.what}: {done / self.total:.1%} of {self.total:,.0f} {self.unit}, "
+                f"{rate:,.3g} {self.unit}/s, {left} left{note}")
+        say(f"\r{line:<100}" if self.in_place else line, end="" if self.in_place else "\n", file=sys.stderr)
+
+    def end(self):
+        """Leave the line that was written over, if there is one."""
+        if self.in_place and self.shown > self.began:
+            say("", file=sys.stderr)
+
+
+@contextmanager
+def atomic_write(path):
+    """A binary file to write, which takes the name `path` when all of it is on the disk."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            yield file
+        publish_file(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(part)
+        raise
+
+
+def publish_file(part, path):
+    """Rename a complete file so that even a power cut leaves all of it or nothing under the new name."""
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    with suppress(OSError):                                      # Windows does not open folders
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def locked(folder, wait=False):
+    """A held lock that keeps other runs out of the folder, for `with` or to be kept; it ends with the process."""
+    os.makedirs(folder, exist_ok=True)
+    try:
+        return FileLock(os.path.join(folder, "lock")).acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise UserError(f"{folder}: another run is writing there; wait for it, or choose another folder") from None
+
+
+def command_line(main, memory="use a smaller batch"):
+    """Run a script's main() and exit with the code it returns. What a user did wrong is one line, not a traceback;
+    `memory` says what to do where it runs out."""
+    script = os.path.basename(sys.argv[0])
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:                                      # the reader of a pipe has left, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + 13
+    except (UserError, OSError) as error:
+        code = f"{script}: {error}"
+    except (MemoryError, RuntimeError) as error:                 # torch's OutOfMemoryError is a RuntimeError
+        if not re.search("MemoryError|(of|allocate) memory", f"{type(error).__name__} {error}"):
+            raise
+        code = f"{script}: out of memory; {memory}"
+    except KeyboardInterrupt:
+        say(f"\n{script}: interrupted", file=sys.stderr)
+        os._exit(128 + 2)                                        # at once: a thread may be waiting for the network
+    sys.exit(code)
 
 
 # ---- the format ------------------------------------------------------------------------------------------------------
@@ -49,19 +148,19 @@ def write_shard(path, tokens):
     """Write token ids (N,), each in 0..65535, as the shard `path`; it appears whole or not at all."""
     tokens = np.asarray(tokens)
     if tokens.size == 0 or tokens.min() < 0 or tokens.max() > 65535:
-        raise InputError(f"{path}: a shard holds at least one token, and each is in 0..65535")
-    with atomic(path) as file:
+        raise UserError(f"{path}: a shard holds at least one token, and each is in 0..65535")
+    with atomic_write(path) as file:
         file.write(header(len(tokens)) + tokens.astype("<u2").tobytes())
 
 
 def read_shard(path):
-    """All tokens of a shard, (N,) uint16. InputError as shard_tokens and read_window."""
+    """All tokens of a shard, (N,) uint16. UserError as shard_tokens and read_window."""
     return read_window(path, 0, shard_tokens(path))
 
 
 def read_window(path, start, count):
     """Tokens start .. start + count of a shard, (count,) uint16. A plain read: where a memory map of a file that was
-    cut off meanwhile kills the process with SIGBUS, this raises InputError."""
+    cut off meanwhile kills the process with SIGBUS, this raises UserError."""
     try:
         tokens = np.fromfile(path, "<u2", count, offset=HEADER_BYTES + 2 * start)
     except OSError as error:
@@ -72,7 +171,7 @@ def read_window(path, start, count):
 
 
 def shard_tokens(path):
-    """Number of tokens in a shard, by its header and length alone. InputError when these disagree or it is empty."""
+    """Number of tokens in a shard, by its header and length alone. UserError when these disagree or it is empty."""
     try:
         with open(path, "rb") as file:
             head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
@@ -95,7 +194,7 @@ def header(count):
 
 
 def examine(path, eot, n_vocab):
-    """Read a whole shard, some MB at a time: {tokens, documents, bytes, sha256}. InputError when it is not sound."""
+    """Read a whole shard, some MB at a time: {tokens, documents, bytes, sha256}. UserError when it is not sound."""
     size, documents, sha256 = HEADER_BYTES + 2 * shard_tokens(path), 0, hashlib.sha256()
     with open(path, "rb") as file:
         sha256.update(file.read(HEADER_BYTES))
@@ -109,7 +208,7 @@ def examine(path, eot, n_vocab):
 
 
 def unsound(path, what):
-    return InputError(f"{path}: {what}; remove it and run the command that made it again "
+    return UserError(f"{path}: {what}; remove it and run the command that made it again "
                       f"(python prepare_fineweb.py ... --out={os.path.dirname(path) or '.'})")
 
 
@@ -146,7 +245,7 @@ class GPT2Tokenizer:
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (requests.RequestException, OSError, ValueError) as error:
-            raise InputError(f"tiktoken cannot get the vocabulary of GPT-2 ({type(error).__name__}); go online once, "
+            raise UserError(f"tiktoken cannot get the vocabulary of GPT-2 ({type(error).__name__}); go online once, "
                              "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes") from None
         self.bytes = [self.bpe.decode_single_token_bytes(i) for i in range(self.n_vocab)]
         self.lengths = np.array([len(token) for token in self.bytes[:self.eot]] + [0])
@@ -170,9 +269,9 @@ TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}
 @functools.cache
 def get_tokenizer(name):
     """The tokenizer "gpt2" or "bytes": .name .n_vocab .eot .encode(text) .decode(ids) and .n_bytes(ids), the number of
-    UTF-8 bytes the ids stand for (end of text stands for none). InputError when there is none or it cannot be had."""
+    UTF-8 bytes the ids stand for (end of text stands for none). UserError when there is none or it cannot be had."""
     if name not in TOKENIZERS:
-        raise InputError(f"unknown tokenizer {name!r}; there are {' and '.join(TOKENIZERS)}")
+        raise UserError(f"unknown tokenizer {name!r}; there are {' and '.join(TOKENIZERS)}")
     return TOKENIZERS[name]()
 
 
@@ -180,7 +279,7 @@ def get_tokenizer(name):
 
 def read_meta(folder):
     """meta.json of a folder: "tokenizer"; where known also "n_vocab", "eot" and "files", {name: {tokens, documents,
-    bytes, sha256}}. A folder without one holds GPT-2 tokens. InputError when it cannot be used."""
+    bytes, sha256}}. A folder without one holds GPT-2 tokens. UserError when it cannot be used."""
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
         return {"tokenizer": "gpt2"}
@@ -195,13 +294,13 @@ def read_meta(folder):
 
 
 def find_shards(folder, split):
-    """Sorted paths of the "train" or "val" shards. InputError when there is none, or when one that meta.json lists is
+    """Sorted paths of the "train" or "val" shards. UserError when there is none, or when one that meta.json lists is
     gone: a run was interrupted, or somebody took it."""
     if gone := missing(folder, read_meta(folder)):
-        raise InputError(f"{folder}: {gone[0]} is not there but meta.json lists it ({len(gone)} such files); run the "
+        raise UserError(f"{folder}: {gone[0]} is not there but meta.json lists it ({len(gone)} such files); run the "
                          f"command that made this folder again (python prepare_fineweb.py ... --out={folder})")
     if not (names := shard_names(folder, split)):
-        raise InputError(f"{folder}: no {split} shard (*_{split}_000000.bin) here; to get the paper's data: "
+        raise UserError(f"{folder}: no {split} shard (*_{split}_000000.bin) here; to get the paper's data: "
                          f"python prepare_fineweb.py --out={folder}, or with --input=FILES your own text")
     return [os.path.join(folder, name) for name in names]
 
@@ -216,74 +315,8 @@ def missing(folder, meta):
 
 
 def write_meta(folder, meta):
-    with atomic(os.path.join(folder, "meta.json")) as file:
+    with atomic_write(os.path.join(folder, "meta.json")) as file:
         file.write(json.dumps(meta, indent=1).encode())
-
-
-@contextmanager
-def atomic(path):
-    """A file to write, that takes the name `path` once all of it is on the disk."""
-    part = f"{path}.part"
-    try:
-        with open(part, "wb") as file:
-            yield file
-        settle(part, path)
-    except BaseException:
-        if os.path.exists(part):
-            os.remove(part)
-        raise
-
-
-def settle(part, path):
-    """Rename a complete file so that even a power cut leaves all of it or nothing under the new name."""
-    sync(part)
-    os.replace(part, path)
-    sync(os.path.dirname(path) or ".")
-
-
-def sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-@contextmanager
-def locked(folder, wait=False):
-    """Keep other runs out of the folder. The kernel takes the lock back when this process ends, however it ends."""
-    import fcntl
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise InputError(f"{folder}: another run is writing here; wait for it or choose another --out") from None
-        yield
-
-
-class Progress:
-    """A line on stderr with share, rate and time left: once a second in place on a terminal, every 10 s elsewhere."""
-
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.first = what, max(total, 1), done
-        self.terminal, self.start = sys.stderr.isatty(), time.monotonic()
-        self.last = self.start
-
-    def update(self, done, note=""):
-        now = time.monotonic()
-        if now - self.last < (1 if self.terminal else 10):
-            return
-        self.last, rate = now, (done - self.first) / (now - self.start)
-        left = (self.total - done) / rate if rate > 0 else float("inf")
-        clock = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if left < 1e6 else "?"
-        line = (f"{self.what}: {100 * done / self.total:.1f} % of {self.total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s, "
-                f"{clock} left{note}")
-        line, end = (f"\r{line:<100}", "") if self.terminal else (line, "\n")
-        print(line, end=end, file=sys.stderr, flush=True)
-
-    def end(self):
-        """Leave the line that was written over, if there is one."""
-        if self.terminal and self.last > self.start:
-            print(file=sys.stderr, flush=True)
 
 
 # ---- your own text: documents -> encode -> cut -----------------------------------------------------------------------
@@ -311,7 +344,7 @@ def read_parquet(stream):
     try:
         from pyarrow import parquet
     except ImportError:
-        raise InputError("to read .parquet, pip install pyarrow; or give .jsonl files") from None
+        raise UserError("to read .parquet, pip install pyarrow; or give .jsonl files") from None
     row = 0
     for batch in parquet.ParquetFile(stream).iter_batches(batch_size=256, columns=["text"]):
         for row, text in enumerate(batch.column(0).to_pylist(), row + 1):
@@ -324,7 +357,7 @@ READERS = {".txt": read_text, ".py": read_text, ".jsonl": read_jsonl, ".parquet"
 def reader_of(path):
     suffix = os.path.splitext(path.removesuffix(".gz"))[1]
     if suffix not in READERS:
-        raise InputError(f"{path}: unknown kind of file; known are {', '.join(READERS)}, each also with .gz")
+        raise UserError(f"{path}: unknown kind of file; known are {', '.join(READERS)}, each also with .gz")
     return READERS[suffix]
 
 
@@ -342,7 +375,7 @@ def batches(paths):
                         yield path, before + raw.tell(), batch
                         batch, size = [], 0
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise InputError(f"{path}: damaged gzip file ({error}); get it again") from None
+                raise UserError(f"{path}: damaged gzip file ({error}); get it again") from None
         before += os.path.getsize(path)
         yield path, before, batch
 
@@ -400,7 +433,7 @@ def in_order(function, items, workers):
             while waiting:
                 yield waiting.popleft().result()
         except process.BrokenProcessPool:
-            raise InputError("a worker process was killed (out of memory?); try fewer --workers") from None
+            raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
         finally:
             for future in waiting:
                 future.cancel()
@@ -462,7 +495,7 @@ def tokenise(paths, folder, tokenizer="gpt2", workers=1, shard_tokens=SHARD_TOKE
         work = functools.partial(encode, tokenizer=tokenizer)
         workers = workers if read_parquet in kinds else min(workers, 1 + size // BATCH)
         results = map(work, batches(paths)) if workers == 1 else in_order(work, batches(paths), workers)
-        counts = write_splits(results, train, val, val_fraction, max_bad_lines, Progress("tokenising", size))
+        counts = write_splits(results, train, val, val_fraction, max_bad_lines, Progress("tokenising", size / 1e6, "MB"))
         if val_fraction and not val.tokens:
             hold_out_tail(train, val, val_fraction, TOKENIZERS[tokenizer].eot)
         meta = publish(stage, folder, tokenizer, recipe)
@@ -480,7 +513,7 @@ def done_before(folder, recipe):
     if meta.get("recipe") == recipe:
         return not missing(folder, meta)
     if "files" in meta or shard_names(folder):
-        raise InputError(f"{folder}: holds shards made from other files or settings; remove it or choose another --out")
+        raise UserError(f"{folder}: holds shards made from other files or settings; remove it or choose another --out")
     return False
 
 
@@ -491,7 +524,7 @@ def write_splits(results, train, val, val_fraction, max_bad_lines, progress):
         for line, reason in malformed:
             total["malformed"] += 1
             if total["malformed"] > max_bad_lines:
-                raise InputError(f"{path}:{line}: {reason}; these are more malformed lines than --max_bad_lines="
+                raise UserError(f"{path}:{line}: {reason}; these are more malformed lines than --max_bad_lines="
                                  f"{max_bad_lines}, so nothing was written")
             if total["malformed"] <= 10:
                 print(f"{path}:{line}: {reason}; left out", file=sys.stderr)
@@ -502,10 +535,10 @@ def write_splits(results, train, val, val_fraction, max_bad_lines, progress):
                 writer = val if int(n * val_fraction) > int((n - 1) * val_fraction) else train
             writer.append(tokens)
         total.update(counts)
-        progress.update(done, f", {train.tokens + val.tokens:,} tokens")
+        progress.update(done / 1e6, f", {train.tokens + val.tokens:,} tokens")
     progress.end()
     if not train.tokens:
-        raise InputError("there is no text in these files; nothing was written")
+        raise UserError("there is no text in these files; nothing was written")
     train.close()
     val.close()
     return total
@@ -530,7 +563,7 @@ def publish(stage, folder, tokenizer, recipe):
     meta = {"tokenizer": tokenizer, "n_vocab": kind.n_vocab, "eot": kind.eot, "files": files, "recipe": recipe}
     write_meta(folder, meta)
     for name in files:
-        settle(os.path.join(stage, name), os.path.join(folder, name))
+        publish_file(os.path.join(stage, name), os.path.join(folder, name))
     return meta
 
 
@@ -547,7 +580,7 @@ def write_default_shards(folder):
                   f"library, {sum(map(os.path.getsize, paths)):,} bytes")
             return tokenise(paths, folder, "bytes", val_fraction=0.05, prefix="stdlib")
     except OSError as error:
-        raise InputError(f"{folder}: the default data cannot be written ({error})") from None
+        raise UserError(f"{folder}: the default data cannot be written ({error})") from None
 
 
 def standard_library_files():
@@ -557,7 +590,7 @@ def standard_library_files():
         subfolders[:] = [name for name in subfolders if name not in skip]
         paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     if not paths:
-        raise InputError(f"{root}: this Python has no source files; make shards from your own text with --input=FILES")
+        raise UserError(f"{root}: this Python has no source files; make shards from your own text with --input=FILES")
     return sorted(paths)
 
 
@@ -590,13 +623,13 @@ class Hub:
         self.endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
         token = os.environ.get("HF_TOKEN", "").strip()
         if not re.match(r"https?://[^/]", self.endpoint):
-            raise InputError("HF_ENDPOINT is not an address like https://huggingface.co")
+            raise UserError("HF_ENDPOINT is not an address like https://huggingface.co")
         if not re.fullmatch(r"[!-~]*", token):
-            raise InputError("HF_TOKEN contains characters that no token has; set it again or unset it")
+            raise UserError("HF_TOKEN contains characters that no token has; set it again or unset it")
         self.secret = {"Authorization": f"Bearer {token}"} if token else {}
 
     def get(self, path, **headers):
-        """The open response, 200 or 206, to a GET. Retry for what may pass, InputError for what will not."""
+        """The open response, 200 or 206, to a GET. Retry for what may pass, UserError for what will not."""
         import requests
         url = f"{self.endpoint}/{path}"
         for _ in range(10):
@@ -638,7 +671,7 @@ def checked(response):
         asked = response.headers.get("Retry-After", "")                    # seconds; a date gets the usual back-off
         raise Retry(f"HTTP {status}", float(asked) if asked.isdecimal() else 0.0)
     hint = "; set HF_TOKEN to a token that may read it" if status in (401, 403) else ""
-    raise InputError(f"HTTP {status} from {urlsplit(response.url).hostname}{hint}")
+    raise UserError(f"HTTP {status} from {urlsplit(response.url).hostname}{hint}")
 
 
 def again(name, action, stop, backoff, attempts=8, progress=lambda: 0):
@@ -648,15 +681,15 @@ def again(name, action, stop, backoff, attempts=8, progress=lambda: 0):
     while not stop.is_set():
         try:
             return action()
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
         except Retry as error:
             failures = error.cost + (failures if progress() <= best else 0)
             best, wait = max(best, progress()), max(error.wait, min(60, backoff * 2 ** (failures - 1)))
             if wait > LONGEST_WAIT:
-                raise InputError(f"{name}: {error}, and the server asks to wait {wait:.0f} s") from None
+                raise UserError(f"{name}: {error}, and the server asks to wait {wait:.0f} s") from None
             if failures >= attempts:
-                raise InputError(f"{name}: {error}, no luck in {attempts} tries") from None
+                raise UserError(f"{name}: {error}, no luck in {attempts} tries") from None
             print(f"{name}: {error}; trying again in {wait:.0f} s", file=sys.stderr)
             stop.wait(wait)
 
@@ -695,7 +728,7 @@ def size_of(path):
 
 
 def fetch(hub, name, size, sha256, folder, stop, backoff, got):
-    """Bring one shard into the folder. Returns its facts for meta.json, None when stopped; InputError if it cannot."""
+    """Bring one shard into the folder. Returns its facts for meta.json, None when stopped; UserError if it cannot."""
     path = os.path.join(folder, name)
     part = f"{path}.part"
 
@@ -704,12 +737,12 @@ def fetch(hub, name, size, sha256, folder, stop, backoff, got):
         try:
             facts = examine(part, GPT2Tokenizer.eot, GPT2Tokenizer.n_vocab)
             wrong = [key for key, value in (("bytes", size), ("sha256", sha256)) if value not in (None, facts[key])]
-        except InputError as error:
+        except UserError as error:
             wrong = [str(error).split(";")[0]]
         if wrong:                                 # twice wrong: it is not the line but what lies on the server
             os.remove(part)
             raise Retry(f"what came is not the published file ({wrong[0]})", cost=4)
-        settle(part, path)
+        publish_file(part, path)
         return facts
 
     return again(name, attempt, stop, backoff, progress=lambda: size_of(part))
@@ -717,11 +750,11 @@ def fetch(hub, name, size, sha256, folder, stop, backoff, got):
 
 def download(folder, shards=TRAIN_SHARDS, connections=4, backoff=1.0):
     """Bring the validation shard and the first `shards` training shards into `folder` (whose lock the caller holds);
-    what is there already stays. InputError when a file cannot be had; what has come is kept for the next run."""
+    what is there already stays. UserError when a file cannot be had; what has come is kept for the next run."""
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
     hub, stop, meta = Hub(), threading.Event(), read_meta(folder)
     if "recipe" in meta:
-        raise InputError(f"{folder}: holds shards made from your own text; choose another --out")
+        raise UserError(f"{folder}: holds shards made from your own text; choose another --out")
     wanted = sizes_and_checksums(hub, shards, stop, backoff)
     got = {name: size_of(os.path.join(folder, name)) for name in wanted}
     todo = [name for name, (size, _) in wanted.items() if got[name] != size]
@@ -734,16 +767,16 @@ def download(folder, shards=TRAIN_SHARDS, connections=4, backoff=1.0):
     got |= {name: size_of(os.path.join(folder, f"{name}.part")) for name in todo}
     total = sum(size for size, _ in wanted.values())
     check_space(folder, total - sum(got.values()))
-    progress, pool = Progress("downloading", total, sum(got.values())), ThreadPoolExecutor(connections)
+    progress, pool = Progress("downloading", total / 1e6, "MB", sum(got.values()) / 1e6), ThreadPoolExecutor(connections)
     try:
         waiting = {pool.submit(fetch, hub, name, *wanted[name], folder, stop, backoff, got): name for name in todo}
         while waiting:
             for future in wait(waiting, 0.5, FIRST_COMPLETED).done:
                 meta["files"][waiting.pop(future)] = future.result()
                 write_meta(folder, meta)
-            progress.update(sum(got.values()))
-    except InputError as error:
-        raise InputError(f"{error}; what has come is kept, run the same command again to go on") from None
+            progress.update(sum(got.values()) / 1e6)
+    except UserError as error:
+        raise UserError(f"{error}; what has come is kept, run the same command again to go on") from None
     finally:
         progress.end()
         stop.set()
@@ -755,7 +788,7 @@ def sizes_and_checksums(hub, shards, stop, backoff):
     """{name: (bytes, sha256)} of the files to have: as the hub lists them, else as published, without checksums."""
     try:
         known = again("list of files", hub.listing, stop, backoff, attempts=3)
-    except InputError as error:
+    except UserError as error:
         print(f"{error}; going on without it: published sizes, no checksums", file=sys.stderr)
         known = {}
     return {name: known.get(name, (size, None)) for name, size in published(shards).items()}
@@ -764,7 +797,7 @@ def sizes_and_checksums(hub, shards, stop, backoff):
 def check_space(folder, need):
     free = shutil.disk_usage(folder).free
     if need > free - (64 << 20):
-        raise InputError(f"{folder}: {need / 1e9:.1f} GB are still to come but {free / 1e9:.1f} GB are free; make "
+        raise UserError(f"{folder}: {need / 1e9:.1f} GB are still to come but {free / 1e9:.1f} GB are free; make "
                          "room, choose another --out, or take fewer --shards")
 
 
@@ -776,7 +809,7 @@ def verify(folder):
     kind, files, sizes = TOKENIZERS[meta["tokenizer"]], meta.get("files", {}), published(TRAIN_SHARDS)
     names = sorted({*shard_names(folder), *files})
     if not names:
-        raise InputError(f"{folder}: there are no shards here")
+        raise UserError(f"{folder}: there are no shards here")
     for name in names:
         path, known = os.path.join(folder, name), files.get(name) or ({"bytes": sizes[name]} if name in sizes else {})
         try:
@@ -785,7 +818,7 @@ def verify(folder):
                 raise unsound(path, f"{wrong[0]} {facts[wrong[0]]} should be {known[wrong[0]]}")
             checksum = "checksum matches" if known.get("sha256") else "no checksum known"
             print(f"good  {name}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, {checksum}", flush=True)
-        except InputError as error:
+        except UserError as error:
             bad += 1
             print(f"BAD   {error}", flush=True)
     print(f"{folder}: {len(names) - bad} of {len(names)} shards are good")
@@ -831,7 +864,7 @@ def expand(patterns):
     for pattern in patterns:
         found = [pattern] if os.path.isfile(pattern) else [p for p in sorted(glob.glob(pattern)) if os.path.isfile(p)]
         if not found:
-            raise InputError(f"{pattern}: no such file; --input takes files and patterns like 'folder/*.jsonl.gz'")
+            raise UserError(f"{pattern}: no such file; --input takes files and patterns like 'folder/*.jsonl.gz'")
         paths += found
     return paths
 
@@ -850,16 +883,10 @@ def run(args):
     return 0
 
 
-def main(argv=None):
-    args = parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        sys.exit(run(args))
-    except (InputError, OSError) as error:
-        sys.exit(f"prepare_fineweb.py: {error}")
-    except KeyboardInterrupt:
-        print("\nprepare_fineweb.py: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
-        os._exit(130)                             # at once: a thread of a download may be waiting for the network
+def main():
+    """The command line."""
+    return run(parse_args(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, memory="try fewer --workers")

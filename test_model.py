@@ -50,9 +50,8 @@ import model as M
 import muon
 import prepare_fineweb as pf
 import train as T
-from model import (VARIANTS, ConfigError, ExoFormer, KVCache, ModelConfig, generate, load_checkpoint, save_checkpoint,
-                   variant_config)
-from prepare_fineweb import InputError
+from model import VARIANTS, ExoFormer, KVCache, ModelConfig, generate, load_checkpoint, save_checkpoint, variant_config
+from prepare_fineweb import UserError
 
 HERE = pathlib.Path(__file__).parent
 TESTDATA = HERE / "paper" / "testdata"
@@ -123,13 +122,13 @@ def test_released_code_gradients(name):
 
 def test_released_names_are_strict():
     _, state, _ = released("exo_dynamic_elementwise")
-    with pytest.raises(ConfigError, match="lacks transformer.layers.1.mlp.fc2.weight"):
+    with pytest.raises(UserError, match="lacks transformer.layers.1.mlp.fc2.weight"):
         ExoFormer.from_released({k: v for k, v in state.items() if k != "transformer.layers.1.mlp.fc2.weight"})
-    with pytest.raises(ConfigError, match="smear_gate"):
+    with pytest.raises(UserError, match="smear_gate"):
         ExoFormer.from_released({**state, "transformer.smear_gate.weight": torch.zeros(3)})
-    with pytest.raises(ConfigError, match="shape"):
+    with pytest.raises(UserError, match="shape"):
         ExoFormer.from_released({**state, "transformer.layers.1.attn.c_proj.weight": torch.zeros(32, 31)})
-    with pytest.raises(ConfigError, match="not a checkpoint of the released code"):
+    with pytest.raises(UserError, match="not a checkpoint of the released code"):
         ExoFormer.from_released({"weight": torch.zeros(3)})
 
 
@@ -148,7 +147,7 @@ def test_released_file_that_cannot_tell_says_so(capsys):
     assert plain.config.anchor_norm == "" and capsys.readouterr().out == ""
     idx = torch.tensor(golden["idx"])
     assert not torch.allclose(plain(idx)[..., :96], normed(idx)[..., :96], atol=1e-3)
-    with pytest.raises(ConfigError, match="anchor_norm='qk'.*'qkvg'"):
+    with pytest.raises(UserError, match="anchor_norm='qk'.*'qkvg'"):
         ExoFormer.from_released(released("exo_elementwise")[1], anchor_norm="qk")
 
 
@@ -441,7 +440,7 @@ def test_axes_combine_freely(changes):
     (dict(anchor="none"), "mix='qkvg'.*anchor='none'"), (dict(mix="", anchor_norm=""), "anchor='exogenous'.*mix=''"),
     (dict(n_layer=0), "n_layer=0"), (dict(norm_position="mid"), "norm_position='mid'"), (dict(ffn_dim=7), "ffn_dim=7")])
 def test_illegal_configurations_name_field_and_value(changes, words):
-    with pytest.raises(ConfigError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         ModelConfig(**{**TINY, **changes})
     assert "\n" not in str(error.value)
 
@@ -559,7 +558,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(fault, tmp_path):
      "truncated": lambda: path.write_bytes(path.read_bytes()[:-700]), "text": lambda: path.write_text("hello"),
      "flipped bit": lambda: path.write_bytes(whole), "unknown setting": lambda: torch.save(strange, path),
      "malicious": lambda: torch.save(dict(model=Attack(witness)), path)}[fault]()
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_checkpoint(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value) and not witness.exists()
 
@@ -768,7 +767,7 @@ def test_every_epoch_visits_every_window_once_in_its_own_order(data):
 
 
 def test_a_token_outside_the_vocabulary_names_its_shard(data):
-    with pytest.raises(pf.InputError, match="t_train_000000.bin: token id 256.*vocab_size=200"):
+    with pytest.raises(pf.UserError, match="t_train_000000.bin: token id 256.*vocab_size=200"):
         T.Tokens(data, "train", ModelConfig(**{**TINY, "vocab_size": 200})).window(0)
 
 
@@ -998,7 +997,7 @@ def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, data, tmp_path,
     (["--optimizer=adamw"], "--optimizer=adamw.*optimizer=muon")])
 def test_resume_refuses_another_run(flags, words, data, tmp_path):
     train_fully(tmp_path / "a", data, "--max_steps=2")
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(UserError, match=words):
         T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume", *flags])
 
 
@@ -1011,18 +1010,18 @@ def test_resume_announces_what_may_change(data, tmp_path, capsys):
 
 def test_a_folder_is_for_one_run_at_a_time(data, tmp_path):
     trainer, run_folder = start(tmp_path / "a", data)
-    with pytest.raises(pf.InputError, match="another run is writing there"):
+    with pytest.raises(pf.UserError, match="another run is writing there"):
         T.RunFolder(tmp_path / "a", resume=True)
     run_folder.log.close(), run_folder.lock.close()
-    with pytest.raises(pf.InputError, match="no whole checkpoint"):
+    with pytest.raises(pf.UserError, match="no whole checkpoint"):
         T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume"])
-    with pytest.raises(pf.InputError, match="no folder"):
+    with pytest.raises(pf.UserError, match="no folder"):
         T.prepare([f"--out_dir={tmp_path / 'nowhere'}", "--resume"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(pf.InputError, match="cannot be written"):
+    with pytest.raises(pf.UserError, match="cannot be written"):
         start(tmp_path / "file" / "a", data)
     train_fully(tmp_path / "b", data, "--max_steps=1")
-    with pytest.raises(pf.InputError, match="holds a run already.*--resume"):
+    with pytest.raises(pf.UserError, match="holds a run already.*--resume"):
         start(tmp_path / "b", data)
 
 
@@ -1055,7 +1054,7 @@ def test_data_that_changed_since_is_refused(data, tmp_path):
         (copy / path.name).write_bytes(path.read_bytes())
     train_fully(tmp_path / "a", copy, "--max_steps=2")
     (copy / "t_train_000001.bin").unlink()
-    with pytest.raises(pf.InputError, match="2 train shards of 1,320 tokens, but there are 1 of 900"):
+    with pytest.raises(pf.UserError, match="2 train shards of 1,320 tokens, but there are 1 of 900"):
         T.prepare([f"--out_dir={tmp_path / 'a'}", "--resume"])
 
 
@@ -1071,7 +1070,7 @@ def test_a_failed_start_leaves_a_folder_that_says_what_to_do(data, tmp_path):
     """A run that ends before its first checkpoint leaves only a log."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "log.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(pf.InputError, match="the log of a run that saved no checkpoint; remove .*a/log.jsonl"):
+    with pytest.raises(pf.UserError, match="the log of a run that saved no checkpoint; remove .*a/log.jsonl"):
         start(tmp_path / "a", data)
     (tmp_path / "a" / "log.jsonl").unlink()
     assert start(tmp_path / "a", data)[0].step == 0
@@ -1126,7 +1125,7 @@ def test_every_setting_is_a_flag_with_help(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="expects a machine without CUDA")
 def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ConfigError, pf.InputError), match=words) as error:
+    with pytest.raises((UserError, pf.UserError), match=words) as error:
         start(tmp_path / "a", data, *flags)
     assert "\n" not in str(error.value)
 
@@ -1291,7 +1290,7 @@ def gpt2():
     """tiktoken's own GPT-2, as the oracle; it needs its vocabulary file once from the network."""
     try:
         pf.get_tokenizer("gpt2")
-    except pf.InputError as error:
+    except pf.UserError as error:
         pytest.skip(f"no GPT-2 vocabulary: {error}")
     import tiktoken
     return tiktoken.get_encoding("gpt2")
@@ -1369,7 +1368,7 @@ def test_unsound_shard_is_refused_with_file_and_remedy(tmp_path, kind):
     path = tmp_path / "a_train_000000.bin"
     path.write_bytes(UNSOUND[kind])
     for read in (pf.shard_tokens, pf.read_shard):
-        with pytest.raises(pf.InputError, match=r"a_train_000000.bin: .*python prepare_fineweb.py") as error:
+        with pytest.raises(pf.UserError, match=r"a_train_000000.bin: .*python prepare_fineweb.py") as error:
             read(str(path))
         assert_one_line(error.value)
 
@@ -1379,16 +1378,16 @@ def test_shard_cut_off_or_removed_while_in_use_raises_input_error(tmp_path):
     pf.write_shard(str(path), np.arange(1000))
     assert pf.read_window(str(path), 990, 10).tolist() == list(range(990, 1000))
     os.truncate(path, 1024 + 2 * 995)
-    with pytest.raises(pf.InputError, match="ends 5 tokens before token 1000"):
+    with pytest.raises(pf.UserError, match="ends 5 tokens before token 1000"):
         pf.read_window(str(path), 990, 10)
     path.unlink()
-    with pytest.raises(pf.InputError, match="cannot be read"):
+    with pytest.raises(pf.UserError, match="cannot be read"):
         pf.read_window(str(path), 0, 10)
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [65536], [1, 70000]])
 def test_tokens_that_do_not_fit_16_bits_are_refused_and_leave_no_file(tmp_path, tokens):
-    with pytest.raises(pf.InputError, match="0..65535"):
+    with pytest.raises(pf.UserError, match="0..65535"):
         pf.write_shard(str(tmp_path / "a_train_000000.bin"), tokens)
     assert os.listdir(tmp_path) == []
 
@@ -1401,7 +1400,7 @@ def test_shards_of_a_split_come_sorted_and_other_files_do_not_count(tmp_path):
                                                                                          "b_train_000010.bin"]
     os.remove(tmp_path / "b_val_000000.bin")
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(pf.InputError, match="no val shard .*python prepare_fineweb.py") as error:
+        with pytest.raises(pf.UserError, match="no val shard .*python prepare_fineweb.py") as error:
             pf.find_shards(str(folder), "val")
         assert_one_line(error.value)
 
@@ -1409,7 +1408,7 @@ def test_shards_of_a_split_come_sorted_and_other_files_do_not_count(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tokenizer": "klingon"}', '{"tokenizer": []}', "\xff"])
 def test_meta_that_cannot_be_used_is_refused(tmp_path, text):
     (tmp_path / "meta.json").write_text(text, encoding="latin-1")
-    with pytest.raises(pf.InputError, match="meta.json: cannot be used") as error:
+    with pytest.raises(pf.UserError, match="meta.json: cannot be used") as error:
         pf.read_meta(str(tmp_path))
     assert_one_line(error.value)
 
@@ -1434,7 +1433,7 @@ def test_gpt2_tokenizer_is_tiktoken_and_counts_bytes(gpt2):
 
 
 def test_unknown_tokenizer_is_refused():
-    with pytest.raises(pf.InputError, match="'gpt3'.*gpt2 and bytes"):
+    with pytest.raises(pf.UserError, match="'gpt3'.*gpt2 and bytes"):
         pf.get_tokenizer("gpt3")
 
 
@@ -1533,7 +1532,7 @@ def test_malformed_lines_are_counted_and_named_and_empty_documents_left_out(tmp_
 
 def test_too_many_malformed_lines_stop_the_run_with_nothing_written(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbad\nbad\nbad\n')
-    with pytest.raises(pf.InputError, match=r"a.jsonl:4: not JSON.*--max_bad_lines=2"):
+    with pytest.raises(pf.UserError, match=r"a.jsonl:4: not JSON.*--max_bad_lines=2"):
         make_shards(tmp_path / "out", [tmp_path / "a.jsonl"], max_bad_lines=2)
     assert os.listdir(tmp_path / "out") == [".lock"]
 
@@ -1554,14 +1553,14 @@ def test_same_command_again_does_nothing_and_another_is_refused(tmp_path, capsys
     before = {name: os.stat(tmp_path / "out" / name).st_ino for name in os.listdir(tmp_path / "out")}
     make_shards(tmp_path / "out", [path], workers=2)
     assert "there already" in capsys.readouterr().out
-    with pytest.raises(pf.InputError, match="other files or settings"):
+    with pytest.raises(pf.UserError, match="other files or settings"):
         make_shards(tmp_path / "out", [path], shard_tokens=50)
     assert {name: os.stat(tmp_path / "out" / name).st_ino for name in os.listdir(tmp_path / "out")} == before
 
 
 def test_shards_of_unknown_origin_are_never_touched(tmp_path):
     (tmp_path / "x_train_000000.bin").write_bytes(GOOD_SHARD)
-    with pytest.raises(pf.InputError, match="choose another --out"):
+    with pytest.raises(pf.UserError, match="choose another --out"):
         make_shards(tmp_path, [write_jsonl(tmp_path / "a.jsonl", ["one"])])
     assert (tmp_path / "x_train_000000.bin").read_bytes() == GOOD_SHARD
 
@@ -1577,7 +1576,7 @@ BAD_INPUT = {
 def test_unusable_input_gives_one_line_and_leaves_no_shard(tmp_path, case):
     name, content, message = BAD_INPUT[case]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(pf.InputError, match=message) as error:
+    with pytest.raises(pf.UserError, match=message) as error:
         make_shards(tmp_path / "out", [tmp_path / name])
     assert_one_line(error.value)
     assert os.listdir(tmp_path / "out") == [".lock"]
@@ -1586,7 +1585,7 @@ def test_unusable_input_gives_one_line_and_leaves_no_shard(tmp_path, case):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(pf.InputError, match="pip install pyarrow"):
+    with pytest.raises(pf.UserError, match="pip install pyarrow"):
         make_shards(tmp_path / "out", [tmp_path / "a.parquet"])
 
 
@@ -1614,7 +1613,7 @@ def test_two_runs_on_one_folder_refuse_each_other_and_a_dead_one_does_not_count(
     with subprocess.Popen([sys.executable, "-c", hold, out], stdout=subprocess.PIPE,
                           cwd=os.path.dirname(pf.__file__)) as other:
         other.stdout.readline()
-        with pytest.raises(pf.InputError, match="another run is writing here"):
+        with pytest.raises(pf.UserError, match="another run is writing here"):
             make_shards(out, [path])
         other.kill()
     make_shards(out, [path], val_fraction=0)
@@ -1630,7 +1629,7 @@ def test_workers_leave_ctrl_c_to_their_parent():
 
 
 def test_killed_worker_is_one_line():
-    with pytest.raises(pf.InputError, match="worker process was killed.*--workers"):
+    with pytest.raises(pf.UserError, match="worker process was killed.*--workers"):
         list(pf.in_order(os._exit, [9, 9, 9], 2))
 
 
@@ -1652,7 +1651,7 @@ def test_run_cut_short_between_any_two_renames_leaves_nothing_to_train_on(tmp_pa
         with pytest.raises(KeyboardInterrupt):
             make_shards(out, [path], **settings)
         monkeypatch.setattr(os, "replace", replace)
-        with pytest.raises(pf.InputError):
+        with pytest.raises(pf.UserError):
             pf.find_shards(str(out), "train")
     make_shards(out, [path], **settings)
     assert shard_bytes(out) == expected and len(expected) == 5
@@ -1687,7 +1686,7 @@ def test_kill_9_while_tokenising_then_the_same_command_gives_the_same_shards(tmp
         kill_after(rng.uniform(0, 0.4), *command, begun=(out / pf.STAGE).exists)
         try:
             pf.find_shards(str(out), "train")
-        except pf.InputError:
+        except pf.UserError:
             pass
         else:
             assert shard_bytes(out) == expected                     # it had finished before it was killed
@@ -1963,7 +1962,7 @@ LASTING = {"dropped": "no answer from 127.0.0.1", "length_too_small": "the serve
 @pytest.mark.parametrize("trouble", LASTING)
 def test_trouble_that_lasts_is_one_line_and_no_file_under_a_final_name(tmp_path, hub, trouble):
     hub.trouble = lambda name, times: trouble if name == PAPER_FILES[1] else None
-    with pytest.raises(pf.InputError, match=LASTING[trouble]) as error:
+    with pytest.raises(pf.UserError, match=LASTING[trouble]) as error:
         fetch_all(tmp_path / "out")
     assert_one_line(error.value)
     assert PAPER_FILES[1] in str(error.value) and PAPER_FILES[1] not in os.listdir(tmp_path / "out")
@@ -1991,7 +1990,7 @@ def test_bytes_from_another_place_never_enter_a_file_even_without_a_checksum(tmp
     monkeypatch.setattr(pf, "published", lambda shards: {PAPER_FILES[0]: len(hub.files[PAPER_FILES[0]])})
     hub.listing = lambda: (404,)
     hub.trouble = lambda name, times: "short_body" if times == 1 else "wrong_place"
-    with pytest.raises(pf.InputError, match="when asked to go on at byte"):
+    with pytest.raises(pf.UserError, match="when asked to go on at byte"):
         fetch_all(tmp_path / "out")
     assert shard_bytes(tmp_path / "out") == {}
 
@@ -2024,7 +2023,7 @@ def test_back_off_doubles_up_to_a_minute():
         raise pf.Retry("no")
 
     waits = Waits()
-    with pytest.raises(pf.InputError, match="x: no, no luck in 8 tries"):
+    with pytest.raises(pf.UserError, match="x: no, no luck in 8 tries"):
         pf.again("x", fail, waits, backoff=1)
     assert waits == [1, 2, 4, 8, 16, 32, 60]
 
@@ -2084,14 +2083,14 @@ def test_origin_is_scheme_host_and_port():
                                          ("HF_ENDPOINT", "huggingface.co"), ("HF_ENDPOINT", "file:///etc")])
 def test_unusable_settings_are_refused_without_showing_the_token(tmp_path, hub, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(pf.InputError, match=name) as error:
+    with pytest.raises(pf.UserError, match=name) as error:
         fetch_all(tmp_path / "out")
     assert SECRET not in str(error.value) and hub.requests == []
 
 
 def test_full_disk_is_noticed_before_the_first_byte(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=100_000))
-    with pytest.raises(pf.InputError, match="GB are free"):
+    with pytest.raises(pf.UserError, match="GB are free"):
         fetch_all(tmp_path / "out")
     assert file_requests(hub) == []
 
@@ -2099,7 +2098,7 @@ def test_full_disk_is_noticed_before_the_first_byte(tmp_path, hub, monkeypatch):
 def test_download_leaves_shards_of_your_own_text_alone(tmp_path, hub):
     make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", ["one", "two"])])
     before = shard_bytes(tmp_path / "out")
-    with pytest.raises(pf.InputError, match="your own text"):
+    with pytest.raises(pf.UserError, match="your own text"):
         fetch_all(tmp_path / "out")
     assert shard_bytes(tmp_path / "out") == before and hub.requests == []
 
@@ -2350,7 +2349,7 @@ GOOD_ROW = {"ctx": "a b", "ctx_a": "a", "ctx_b": "b", "activity_label": "x", "en
 def test_hellaswag_malformed_item_names_file_and_line(tmp_path, bad, problem):
     path = tmp_path / "items.jsonl"
     path.write_text(f"{json.dumps(GOOD_ROW)}\n\n{json.dumps(bad)}\n")
-    with pytest.raises(InputError, match=f"items.jsonl, line 3: .*{problem}"):
+    with pytest.raises(UserError, match=f"items.jsonl, line 3: .*{problem}"):
         eval_hellaswag.load_items(str(path))
 
 
@@ -2359,9 +2358,9 @@ def test_hellaswag_cut_off_or_empty_files_are_refused(tmp_path):
     for name, content in {"cut.jsonl": data[:-100], "cut.jsonl.gz": gzip.compress(data)[:-100], "flat.jsonl.gz": data,
                           "empty.jsonl": b"", "latin.jsonl": b'{"ctx": "\xe9"}'}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=name):
+        with pytest.raises(UserError, match=name):
             eval_hellaswag.load_items(str(tmp_path / name))
-    with pytest.raises(InputError, match="line 40: not valid JSON"):
+    with pytest.raises(UserError, match="line 40: not valid JSON"):
         eval_hellaswag.load_items(str(tmp_path / "cut.jsonl"))
 
 
@@ -2376,28 +2375,28 @@ def test_hellaswag_broken_download_is_never_scored(golden_hellaswag, tmp_path, m
     data, calls = open(SAMPLE, "rb").read(), []
     sent = [data[:5000], data]
     monkeypatch.setattr(eval_hellaswag, "download", lambda url: calls.append(url) or sent[len(calls) - 1])
-    with pytest.raises(InputError, match="5000 bytes that are not the official file"):
+    with pytest.raises(UserError, match="5000 bytes that are not the official file"):
         eval_hellaswag.load_items(folder=str(tmp_path))
     assert os.listdir(tmp_path) == []
     monkeypatch.setitem(eval_hellaswag.OFFICIAL, "val", hashlib.sha256(data).hexdigest())
     assert [len(eval_hellaswag.load_items(folder=str(tmp_path))) for _ in range(2)] == [40, 40]
     assert len(calls) == 2 and "a29ff8e9a04bba4bd6588223785ce105328adc57/data/hellaswag_val.jsonl" in calls[0]
     (tmp_path / "hellaswag_val.jsonl").write_bytes(data.replace(b'"label": 3', b'"label": 2', 1))
-    with pytest.raises(InputError, match="not the official file any more"):
+    with pytest.raises(UserError, match="not the official file any more"):
         eval_hellaswag.load_items(folder=str(tmp_path))
 
 
 def test_hellaswag_refuses_models_it_cannot_score():
     items = random_items(2)
-    with pytest.raises(InputError, match="tokenizer is 'bytes'"):
+    with pytest.raises(UserError, match="tokenizer is 'bytes'"):
         eval_hellaswag.evaluate(hellaswag_model(tokenizer="bytes"), items)
-    with pytest.raises(InputError, match="this model knows 512"):
+    with pytest.raises(UserError, match="this model knows 512"):
         eval_hellaswag.evaluate(hellaswag_model(vocab_size=512), items)
-    with pytest.raises(InputError, match="does not fit into block_size=4"):
+    with pytest.raises(UserError, match="does not fit into block_size=4"):
         eval_hellaswag.evaluate(hellaswag_model(block_size=4), items)
     model = hellaswag_model()
     torch.nn.init.constant_(model.final_norm.weight, torch.nan)
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         eval_hellaswag.evaluate(model, items)
 
 

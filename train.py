@@ -35,10 +35,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (VARIANTS, Causal, Checked, ConfigError, ExoFormer, Linear, ModelConfig, choose_device,
-                   count_parameters, flops_per_token, generate, read_checkpoint, save_checkpoint, setting, variant_name)
+from model import (VARIANTS, Causal, Checked, ExoFormer, Linear, ModelConfig, choose_device, count_parameters,
+                   flops_per_token, generate, read_checkpoint, save_checkpoint, setting, variant_name)
 from muon import Muon, polar_express
-from prepare_fineweb import (InputError, find_shards, get_tokenizer, read_meta, read_window, shard_tokens,
+from prepare_fineweb import (UserError, find_shards, get_tokenizer, read_meta, read_window, shard_tokens,
                              write_default_shards)
 
 FINEWEB, DEFAULT_DATA = "data/fineweb_edu10B", "data/python_stdlib"
@@ -179,7 +179,7 @@ def fresh_settings(variant, preset, given):
     settings["out_dir"] = settings.get("out_dir") or f"out/{preset}-{variant}"
     settings["data"] = settings.get("data") or choose_data(preset)
     if not os.path.isdir(settings["data"]):
-        raise InputError(f"--data={settings['data']}: no such folder; write shards there with: "
+        raise UserError(f"--data={settings['data']}: no such folder; write shards there with: "
                          f"python prepare_fineweb.py --input=FILES --out={settings['data']}")
     settings["tokenizer"] = read_meta(settings["data"])["tokenizer"]
     if preset != "paper" and "vocab_size" not in given:
@@ -203,7 +203,7 @@ def choose_data(preset):
     if preset != "smoke" and os.path.isdir(FINEWEB):
         return FINEWEB
     if preset == "paper":
-        raise InputError(f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB}; get them with: "
+        raise UserError(f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB}; get them with: "
                          "python prepare_fineweb.py")
     rule = "=" * 100
     say(f"{rule}\nNO --data: training on the source code of Python's standard library, byte by byte ({DEFAULT_DATA}).\n"
@@ -240,7 +240,7 @@ def decide_compile(config, model_config):
 
 
 def resumed_settings(variant, given, checkpoint):
-    """(ModelConfig, TrainConfig) of a checkpoint and the flags given now. ConfigError where they make another run."""
+    """(ModelConfig, TrainConfig) of a checkpoint and the flags given now. UserError where they make another run."""
     old = {**asdict(TrainConfig()), **checkpoint["train_config"], **checkpoint["model_config"]}
     axes = {name: value for name, value in VARIANTS.get(variant, {}).items() if name != "n_layer"}
     asked = {name: value for name, value in {**axes, **given}.items() if value != "auto"}
@@ -248,7 +248,7 @@ def resumed_settings(variant, given, checkpoint):
                if old[name] != value and name not in ("out_dir", "resume")}
     for name, value in changed.items():
         if name not in MAY_CHANGE_ON_RESUME:
-            raise ConfigError(f"--{name}={value} does not fit the run to resume, which has {name}={old[name]}; "
+            raise UserError(f"--{name}={value} does not fit the run to resume, which has {name}={old[name]}; "
                               "drop the flag, or start anew in another --out_dir")
         say(f"changed on resuming: {name} from {old[name]} to {value}; what follows may differ from the old run")
     settings = {**old, **changed, "out_dir": given["out_dir"], "resume": True}
@@ -287,7 +287,7 @@ class Tokens:
         self.counts = [shard_tokens(path) for path in self.paths]
         self.starts = np.cumsum([0] + [(count - 1) // self.block_size for count in self.counts])
         if len(self) == 0:
-            raise InputError(f"{folder}: no {split} shard holds block_size + 1 = {self.block_size + 1} tokens; "
+            raise UserError(f"{folder}: no {split} shard holds block_size + 1 = {self.block_size + 1} tokens; "
                              "lower --block_size")
 
     def __len__(self):
@@ -299,7 +299,7 @@ class Tokens:
         start = int(i - self.starts[shard]) * self.block_size
         tokens = read_window(self.paths[shard], start, self.block_size + 1)
         if tokens.max() >= self.vocab_size:
-            raise InputError(f"{self.paths[shard]}: token id {tokens.max()} at or above vocab_size={self.vocab_size}; "
+            raise UserError(f"{self.paths[shard]}: token id {tokens.max()} at or above vocab_size={self.vocab_size}; "
                              "the shard is damaged or of another tokenizer "
                              "(python prepare_fineweb.py verify --out=DIR)")
         return tokens
@@ -361,7 +361,7 @@ class Team(Alone):
         self.rank, self.size, self.device = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "cpu"
         local_rank = int(os.environ["LOCAL_RANK"])
         if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}; lower "
+            raise UserError(f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}; lower "
                               "torchrun's --nproc_per_node")
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
@@ -370,7 +370,7 @@ class Team(Alone):
     def use(self, device):
         """Work on `device` from now on, once the settings have decided it."""
         if device == "mps":
-            raise ConfigError("--device=mps works with one process only; start train.py without torchrun")
+            raise UserError("--device=mps works with one process only; start train.py without torchrun")
         self.device = device
 
     def wrap(self, objective):
@@ -493,13 +493,13 @@ class RunFolder:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             remedy = "wait for it, or choose another --out_dir"
-            raise InputError(f"{path}: another run is writing there; {remedy}") from None
+            raise UserError(f"{path}: another run is writing there; {remedy}") from None
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out_dir") from None
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out_dir") from None
         if not resume and self.checkpoints():
-            raise InputError(f"{path}: holds a run already; add --resume to continue it, or choose another --out_dir")
+            raise UserError(f"{path}: holds a run already; add --resume to continue it, or choose another --out_dir")
         if not resume and os.path.exists(self.log_path):
-            raise InputError(f"{path}: holds the log of a run that saved no checkpoint; remove {self.log_path}, "
+            raise UserError(f"{path}: holds the log of a run that saved no checkpoint; remove {self.log_path}, "
                              "or choose another --out_dir")
 
     def checkpoints(self):
@@ -509,16 +509,16 @@ class RunFolder:
         return [os.path.join(self.path, name) for name in names]
 
     def newest(self):
-        """The newest checkpoint that reads back whole; says which were skipped. InputError when there is none."""
+        """The newest checkpoint that reads back whole; says which were skipped. UserError when there is none."""
         for path in self.checkpoints():
             try:
                 checkpoint = read_checkpoint(path)
                 if "train_config" in checkpoint:
                     return path, checkpoint
                 say(f"skipped: {path} holds a model but not the state of a run")
-            except ConfigError as error:
+            except UserError as error:
                 say(f"skipped: {error}")
-        raise InputError(f"{self.path}: --resume found no whole checkpoint there; start anew in another --out_dir")
+        raise UserError(f"{self.path}: --resume found no whole checkpoint there; start anew in another --out_dir")
 
     def open_log(self, size):
         """Append to log.jsonl from byte `size` on, where the checkpoint to continue was written."""
@@ -612,7 +612,7 @@ class Trainer:
         per_pass = config.batch_size * model_config.block_size
         self.accumulation, rest = divmod(config.total_batch_size, per_pass * TEAM.size)
         if rest or not self.accumulation:
-            raise ConfigError(f"--total_batch_size={config.total_batch_size} is not a multiple of "
+            raise UserError(f"--total_batch_size={config.total_batch_size} is not a multiple of "
                               f"--batch_size={config.batch_size} x --block_size={model_config.block_size} x "
                               f"{TEAM.size} process(es) = {per_pass * TEAM.size}")
         self.tokenizer, self.revision = get_tokenizer(model_config.tokenizer), git_revision()
@@ -705,11 +705,11 @@ class Trainer:
         return dict(train=self.train.fingerprint(), val=self.val.fingerprint())
 
     def load_state(self, checkpoint):
-        """Continue from what `state` returned. InputError where the shards are not the same."""
+        """Continue from what `state` returned. UserError where the shards are not the same."""
         for split, new in self.fingerprints().items():
             old = checkpoint["shards"][split]
             if old != new:
-                raise InputError(f"--data={self.config.data}: the run began with {len(old)} {split} shards of "
+                raise UserError(f"--data={self.config.data}: the run began with {len(old)} {split} shards of "
                                  f"{sum(n for _, n in old):,} tokens, but there are {len(new)} of "
                                  f"{sum(n for _, n in new):,}; bring the old data back")
         self.model.load_state_dict(checkpoint["model"])
@@ -881,7 +881,7 @@ def hellaswag_items(config, model_config):
     if not config.hellaswag_every:
         return None
     if model_config.tokenizer != "gpt2":
-        raise ConfigError(f"--hellaswag_every={config.hellaswag_every} needs GPT-2 tokens, "
+        raise UserError(f"--hellaswag_every={config.hellaswag_every} needs GPT-2 tokens, "
                           f"but --data={config.data} holds {model_config.tokenizer}")
     from eval_hellaswag import load_items
     return load_items()
@@ -919,7 +919,7 @@ def run(trainer, folder, stop):
         if leaving or (config.save_every and step % config.save_every == 0):
             saved = TEAM.agree(folder.save(step, trainer.state(), config.keep))    # nobody leaves while the first saves
         if leaving and not saved:
-            raise InputError(f"{config.out_dir}: the run ended at step {step} without a checkpoint of it")
+            raise UserError(f"{config.out_dir}: the run ended at step {step} without a checkpoint of it")
         if leaving:
             return 0 if finished else signal_number
     return 0
@@ -975,7 +975,7 @@ def resume(variant, preset, given):
     """(ModelConfig, TrainConfig, RunFolder, checkpoint) of the run in --out_dir; the first process picks the last."""
     given["out_dir"] = given.get("out_dir") or f"out/{preset or default_preset()}-{variant or 'exo_dynamic'}"
     if not os.path.isdir(given["out_dir"]):
-        raise InputError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
+        raise UserError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
     folder, path, checkpoint = NoFolder(), None, None
     if TEAM.rank == 0:
         folder = RunFolder(given["out_dir"], resume=True)
@@ -994,7 +994,7 @@ def main():
         signal_number = run(trainer, folder, stop)
         conclude(trainer, signal_number)
         TEAM.close()
-    except (ConfigError, InputError) as error:
+    except UserError as error:
         sys.exit(f"train.py: {error}")
     except Diverged as error:
         say(f"train.py: not finite at {error}. Nothing was saved from it: lower the learning rates, and --resume from "

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from model import Causal, ConfigError, count_parameters, variant_name
-from prepare_fineweb import InputError, find_shards, read_meta
+from model import Causal, count_parameters, variant_name
+from prepare_fineweb import UserError, find_shards, read_meta
 from train import Tokens, attention_weights, clock
 
 SPARSE_GATE, NEAR_ZERO_LAMBDA, CORE_VARIANCE = 0.2, 0.001, 0.99
@@ -198,9 +198,9 @@ def positions_shown(length):
 
 @contextlib.contextmanager
 def without_anchor(model):
-    """Inside, the anchor adds nothing to any projection: the paper's break condition. ConfigError if there is none."""
+    """Inside, the anchor adds nothing to any projection: the paper's break condition. UserError if there is none."""
     if model.config.anchor == "none":
-        raise ConfigError("--ablate_anchor: this model has no anchor (anchor='none')")
+        raise UserError("--ablate_anchor: this model has no anchor (anchor='none')")
     hook = model.anchor.register_forward_hook(
         lambda anchor, args, made: {s: torch.zeros_like(x) for s, x in made.items()})
     try:
@@ -242,16 +242,16 @@ def analyse(model, windows, dtype="float32", ablate_anchor=False, progress=lambd
 
 def validation_windows(folder, config, rows=0, block_size=0):
     """(rows, T + 1) token ids: the first windows of the validation split, which overlap by one token; rows=0: all.
-    T is block_size, or the model's where that is 0. InputError or ConfigError where data and model do not fit."""
+    T is block_size, or the model's where that is 0. UserError or UserError where data and model do not fit."""
     find_shards(folder, "val")                             # says so if there are none, before anything else is asked
     length, tokenizer = block_size or config.block_size, read_meta(folder)["tokenizer"]
     if tokenizer != config.tokenizer:
-        raise ConfigError(f"--data={folder} holds {tokenizer} tokens, but the model was trained on {config.tokenizer}")
+        raise UserError(f"--data={folder} holds {tokenizer} tokens, but the model was trained on {config.tokenizer}")
     if not 2 <= length <= config.block_size:
-        raise ConfigError(f"--block_size={length} must be between 2 and the model's {config.block_size}")
+        raise UserError(f"--block_size={length} must be between 2 and the model's {config.block_size}")
     tokens = Tokens(folder, "val", replace(config, block_size=length))
     if rows > len(tokens):
-        raise InputError(f"{rows} rows wanted, but {folder} has {len(tokens)} validation windows of {length} tokens")
+        raise UserError(f"{rows} rows wanted, but {folder} has {len(tokens)} validation windows of {length} tokens")
     return np.stack([tokens.window(i) for i in range(rows or len(tokens))])
 
 

@@ -26,8 +26,8 @@ import bench_data
 import bench_hellaswag
 import muon
 import train as T
-from model import ConfigError, ExoFormer, flops_per_token, variant_config
-from prepare_fineweb import InputError
+from model import ExoFormer, flops_per_token, variant_config
+from prepare_fineweb import UserError
 
 
 def print_circumstances(device):
@@ -191,5 +191,5 @@ if __name__ == "__main__":
     print_circumstances(vars(arguments).get("device", "cpu"))               # tokenising and scoring run on the CPU
     try:
         arguments.run(arguments)
-    except (KeyError, ConfigError, InputError) as error:
+    except (KeyError, UserError) as error:
         sys.exit(f"bench.py: {'unknown variant ' if isinstance(error, KeyError) else ''}{error}")

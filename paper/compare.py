@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from model import VARIANTS, ExoFormer, ModelConfig, count_parameters, variant_name
-from prepare_fineweb import InputError, atomic
+from prepare_fineweb import UserError, atomic_write
 
 # --------------------------------------------------------------------------------------------------------------- 1 runs
 
@@ -75,21 +75,21 @@ class Run:
 
 
 def read_log(folder):
-    """The records of folder/log.jsonl. A last line that a kill cut short is left out; InputError for any other."""
+    """The records of folder/log.jsonl. A last line that a kill cut short is left out; UserError for any other."""
     path = os.path.join(folder, "log.jsonl")
     try:
         with open(path) as file:
             lines = file.read().split("\n")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the run folders of train.py") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the run folders of train.py") from None
     records = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last line end is empty or torn
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise InputError(f"{path}, line {number}: not a JSON record ({error}); remove that line") from None
+            raise UserError(f"{path}, line {number}: not a JSON record ({error}); remove that line") from None
     if not any("val_loss" in record for record in records):
-        raise InputError(f"{path}: no evaluation in it yet; wait for the first, or leave this run out")
+        raise UserError(f"{path}: no evaluation in it yet; wait for the first, or leave this run out")
     return records
 
 
@@ -106,7 +106,7 @@ def read_settings(folder):
 
 
 def read_run(folder):
-    """The Run in a folder. InputError where its log cannot be used."""
+    """The Run in a folder. UserError where its log cannot be used."""
     records, settings = read_log(folder), read_settings(folder)
     variant, parameters = "", None
     if settings:
@@ -148,7 +148,7 @@ def group_runs(runs):
     for run in runs:
         for twin in members[run.experiment]:
             if twin.settings.get("seed") == run.settings.get("seed"):
-                raise InputError(f"{twin.folder} and {run.folder} are one experiment with one seed; give one of them")
+                raise UserError(f"{twin.folder} and {run.folder} are one experiment with one seed; give one of them")
         members[run.experiment].append(run)
     by_variant = defaultdict(list)
     for some in members.values():
@@ -211,7 +211,7 @@ def find_baseline(groups, asked):
     """The group whose label or variant is `asked`; where nothing is, `base` or else the first."""
     named = [g for g in groups if g.label == (asked or "base")] + [g for g in groups if g.variant == (asked or "base")]
     if asked and not named:
-        raise InputError(f"--baseline={asked}: no run is of it; there are {', '.join(g.label for g in groups)}")
+        raise UserError(f"--baseline={asked}: no run is of it; there are {', '.join(g.label for g in groups)}")
     return (named or groups)[0]
 
 
@@ -341,7 +341,7 @@ def draw(groups, baseline, path):
     bands = ", bands: lowest to highest seed" if any(len(group.runs) > 1 for group in groups) else ""
     whole.set_title("whole run" + bands)
     whole.legend(fontsize=9, handlelength=4)
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
 
@@ -369,7 +369,7 @@ def write(groups, base, rows, remarks, out="", png=""):
     """Write table and curves to the JSON file `out` and the picture to `png`, where they are asked for."""
     if out:
         curves = {group.label: group.curve() for group in groups}
-        with atomic(out) as file:
+        with atomic_write(out) as file:
             file.write(json.dumps({"baseline": base.label, "rows": rows, "notes": remarks, "curves": curves},
                                   indent=1).encode())
     if png and can_draw():
@@ -389,11 +389,11 @@ def main(argv=None):
     try:
         for path in filter(None, (args.out, args.png)):
             if not os.path.isdir(os.path.dirname(path) or "."):
-                raise InputError(f"{path}: its folder does not exist")
+                raise UserError(f"{path}: its folder does not exist")
         groups, base, rows, remarks = summarise(args.runs, args.baseline)
         print("\n".join(markdown(rows) + [""] + remarks))
         write(groups, base, rows, remarks, args.out, args.png)
-    except (InputError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"compare.py: {error}")
 
 

@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from compare import variant_style
-from prepare_fineweb import InputError, atomic
+from prepare_fineweb import UserError, atomic_write
 
 BY_LAYER = {  # what is in by_layer.png: the axis of each panel
     "attention_sink": "attention to the first token", "attention_entropy": "attention entropy (nats)",
@@ -44,17 +44,17 @@ AGAIN = ("right", "bottom", "top")                             # marker filling 
 
 
 def read_record(path):
-    """The JSON of one checkpoint. InputError when it is not one that table2.py wrote."""
+    """The JSON of one checkpoint. UserError when it is not one that table2.py wrote."""
     try:
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); make it with python paper/table2.py") from None
+        raise UserError(f"{path}: cannot be read ({error}); make it with python paper/table2.py") from None
     wanted = {"label", "variant", "ablate_anchor", "by_layer", "lambdas", "gammas", "token_maps", "hidden_similarity",
               "model_config"}
     lacks = wanted - set(record if isinstance(record, dict) else ())
     if lacks:
-        raise InputError(f"{path}: not a file of paper/table2.py, it lacks {', '.join(sorted(lacks))}")
+        raise UserError(f"{path}: not a file of paper/table2.py, it lacks {', '.join(sorted(lacks))}")
     return record
 
 
@@ -111,7 +111,7 @@ class Page:
                                handlelength=4)
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, f"{name}.png")
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             self.figure.savefig(file, format="png")
         pyplot.close(self.figure)
         return path
@@ -265,11 +265,11 @@ def main():
         labels = [record["label"] for record in records]
         twice = [label for label in labels if labels.count(label) > 1]
         if twice:
-            raise InputError(f"two files have the label {twice[0]}, so one's pictures would replace the other's: "
+            raise UserError(f"two files have the label {twice[0]}, so one's pictures would replace the other's: "
                              "rename a run folder and run table2.py again")
         for path in draw(records, args.out):
             print(f"wrote {path}", flush=True)
-    except (InputError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"figures.py: {error}")
 
 

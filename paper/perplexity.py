@@ -16,8 +16,8 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import Countdown, cross_entropy, validation_windows
-from model import TABLE_3, ConfigError, choose_device, load_checkpoint, variant_name
-from prepare_fineweb import InputError, get_tokenizer
+from model import TABLE_3, choose_device, load_checkpoint, variant_name
+from prepare_fineweb import UserError, get_tokenizer
 from train import true_or_false
 
 
@@ -70,7 +70,7 @@ def main():
         model = load_checkpoint(args.ckpt)
         print(f"checkpoint  {args.ckpt}: {variant_name(model.config)}")
         print_perplexity(model, args)
-    except (ConfigError, InputError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"perplexity.py: {error}")
 
 

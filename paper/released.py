@@ -24,10 +24,10 @@ from urllib.parse import unquote, urlsplit
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import Countdown
-from model import (TABLE_3, ConfigError, ExoFormer, count_parameters, read_checkpoint, released_names, save_checkpoint,
+from model import (TABLE_3, ExoFormer, count_parameters, read_checkpoint, released_names, save_checkpoint,
                    translate_released, variant_name)
 from perplexity import add_arguments, print_perplexity
-from prepare_fineweb import Hub, InputError, Retry, again, locked, origin, settle, size_of
+from prepare_fineweb import Hub, UserError, Retry, again, locked, origin, publish_file, size_of
 
 CHUNK = 1 << 20                     # bytes written at a time
 
@@ -36,12 +36,12 @@ CHUNK = 1 << 20                     # bytes written at a time
 
 def fetch(source, name, folder, backoff=1.0):
     """The path of a local checkpoint, or of the copy in `folder` of the one at a URL or hub repository: folder/ADDRESS,
-    since the files of several models have one name. InputError when it cannot be had. An interrupted download goes on
+    since the files of several models have one name. UserError when it cannot be had. An interrupted download goes on
     where it stopped, a finished one is not repeated."""
     if os.path.exists(source):
         return source
     if "://" not in source and not (name and re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
-        raise InputError(f"{source}: no such file, and not a URL; for a hub repository OWNER/REPO give --file=NAME too")
+        raise UserError(f"{source}: no such file, and not a URL; for a hub repository OWNER/REPO give --file=NAME too")
     hub = Hub()
     address = url_address(hub, source) if "://" in source else f"{source}/resolve/main/{name}"
     url = urlsplit(source)
@@ -50,7 +50,7 @@ def fetch(source, name, folder, backoff=1.0):
         if not os.path.exists(path):
             again(os.path.basename(path), lambda: transfer(hub, address, f"{path}.part"), threading.Event(), backoff,
                   progress=lambda: size_of(f"{path}.part"))
-            settle(f"{path}.part", path)
+            publish_file(f"{path}.part", path)
     return path
 
 
@@ -101,10 +101,10 @@ class Watched(dict):
 
 
 def load(path, n_head=None, anchor_norm=None):
-    """(checkpoint dict, model) of a released file. ConfigError when it is none."""
+    """(checkpoint dict, model) of a released file. UserError when it is none."""
     checkpoint = read_checkpoint(path)
     if "model_config" in checkpoint:
-        raise ConfigError(f"{path} is in this project's own format already; use it as it is (paper/perplexity.py)")
+        raise UserError(f"{path} is in this project's own format already; use it as it is (paper/perplexity.py)")
     trained_with = checkpoint.get("model_args", {})
     settings = {name: trained_with[name] for name in ("block_size", "rope_theta") if name in trained_with}
     state = checkpoint.get("model", checkpoint)
@@ -147,7 +147,7 @@ def run(args):
     describe(path, checkpoint, model)
     if args.save:
         if os.path.exists(args.save):
-            raise InputError(f"--save={args.save} is there already; remove it or choose another name")
+            raise UserError(f"--save={args.save} is there already; remove it or choose another name")
         os.makedirs(os.path.dirname(os.path.abspath(args.save)), exist_ok=True)
         save_checkpoint(args.save, dict(format=1, model_config=asdict(model.config), model=model.state_dict(),
                                         step=checkpoint.get("step"), released=os.path.basename(path)))
@@ -170,7 +170,7 @@ def main():
     args = parser.parse_args()
     try:
         run(args)
-    except (ConfigError, InputError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"released.py: {error}")
 
 

@@ -30,8 +30,8 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from eval_hellaswag import HEAD_ROWS, URL, Progress, parse_rows, read_bytes, token_log_probs
-from model import TABLE_3, ConfigError, choose_device, count_parameters, generate, load_checkpoint, variant_name
-from prepare_fineweb import InputError, atomic, get_tokenizer
+from model import TABLE_3, choose_device, count_parameters, generate, load_checkpoint, variant_name
+from prepare_fineweb import UserError, atomic_write, get_tokenizer
 
 FEWSHOT_SEED = 1234  # lm_eval's default; the examples in front of each item follow from it
 
@@ -39,16 +39,16 @@ FEWSHOT_SEED = 1234  # lm_eval's default; the examples in front of each item fol
 
 
 def read_rows(path, convert):
-    """[convert(row)] of a .jsonl file. InputError names the first line that cannot be used."""
+    """[convert(row)] of a .jsonl file. UserError names the first line that cannot be used."""
     rows = []
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
             rows.append(convert(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise InputError(f"{path}, line {number}: not an item of this task ({why})") from None
+            raise UserError(f"{path}, line {number}: not an item of this task ({why})") from None
     if not rows:
-        raise InputError(f"{path}: no items in it")
+        raise UserError(f"{path}: no items in it")
     return rows
 
 
@@ -80,7 +80,7 @@ def read_piqa(path):
     labels_path = local_path("", labels_path) or labels_path
     labels = read_bytes(labels_path).decode().split()
     if len(labels) != len(rows) or not set(labels) <= {"0", "1"}:
-        raise InputError(f"{labels_path}: must hold a 0 or 1 for each of the {len(rows)} lines of {path}")
+        raise UserError(f"{labels_path}: must hold a 0 or 1 for each of the {len(rows)} lines of {path}")
     return [{**row, "label": int(label)} for row, label in zip(rows, labels)]
 
 
@@ -121,18 +121,18 @@ def local_path(folder, name):
 
 
 def local_rows(name, folder, shots, limit):
-    """({split: rows} of one task from files, a caution or ""). InputError where a file is missing.
+    """({split: rows} of one task from files, a caution or ""). UserError where a file is missing.
 
     A --limit run is a trial, so where it lacks training items it may draw its examples from the items themselves.
     """
     task = TASKS[name]
     test, train = local_path(folder, task.test), local_path(folder, task.train)
     if not test:
-        raise InputError(f"--data={folder}: no {task.test}(.gz) there; --help says which files are needed, and without "
+        raise UserError(f"--data={folder}: no {task.test}(.gz) there; --help says which files are needed, and without "
                          "--data lm_eval downloads them")
     if not train and shots and not limit:
         hint = f" ({URL.format('train')})" if name == "hellaswag" else ""
-        raise InputError(f"--data={folder}: no {task.train}(.gz) there, from which the {shots} examples are drawn"
+        raise UserError(f"--data={folder}: no {task.train}(.gz) there, from which the {shots} examples are drawn"
                          f"{hint}; get it, take --shots=0, leave out {name} with --tasks, or make a trial with --limit")
     rows = task.read(test)
     caution = f"{name}: no {task.train}, so examples are drawn from {task.test}: a trial, NOT the paper's 5-shot number"
@@ -153,7 +153,7 @@ def load_tasks(names, folder, shots, limit):
             return list(manager.load(list(names))["tasks"].values()), []
         except OSError as error:                           # all of requests' and datasets' connection errors are
             why = str(error).split("\n")[0]
-            raise InputError(f"lm_eval cannot download the items ({why}); give their files with --data=DIR") from None
+            raise UserError(f"lm_eval cannot download the items ({why}); give their files with --data=DIR") from None
     tasks, cautions = [], []
     for name in names:
         splits, caution = local_rows(name, folder, shots, limit)
@@ -204,7 +204,7 @@ def score_rows(model, rows, batch_size=16, dtype=torch.float32, progress=None):
     device, block_size = next(model.parameters()).device, model.config.block_size
     too_long = max((len(continuation) for _, continuation in rows), default=0)
     if too_long > block_size:
-        raise InputError(f"a continuation of {too_long} tokens does not fit into block_size={block_size}")
+        raise UserError(f"a continuation of {too_long} tokens does not fit into block_size={block_size}")
     lengths = [min(block_size, len(context) + len(continuation) - 1) for context, continuation in rows]
     order, scores, done = sorted(range(len(rows)), key=lambda i: -lengths[i]), {}, 0
     for first in range(0, len(rows), batch_size):
@@ -214,7 +214,7 @@ def score_rows(model, rows, batch_size=16, dtype=torch.float32, progress=None):
         if progress:
             progress(len(scores), len(rows), done, sum(lengths))
     if not all(math.isfinite(score) for score, _ in scores.values()):
-        raise InputError("the model gives log-probabilities that are not finite; its weights are damaged")
+        raise UserError("the model gives log-probabilities that are not finite; its weights are damaged")
     return [scores[i] for i in range(len(rows))]
 
 
@@ -229,7 +229,7 @@ def generate_texts(model, tokenizer, requests, batch_size=16):
     for i, (context, settings) in enumerate(requests):
         new, room = settings.get("max_gen_toks", 256), model.config.block_size - settings.get("max_gen_toks", 256)
         if room < 1:
-            raise InputError(f"max_gen_toks={new} leaves no room for a prompt in block_size={model.config.block_size}")
+            raise UserError(f"max_gen_toks={new} leaves no room for a prompt in block_size={model.config.block_size}")
         temperature = settings.get("temperature", 1.0) if settings.get("do_sample", False) else 0
         prompt = (tokenizer.encode(context) or [tokenizer.eot])[-room:]
         groups[len(prompt), new, temperature].append((i, prompt))
@@ -364,13 +364,13 @@ def parse_arguments(argv):
 def run(args):
     """Score a checkpoint, print the table, write --out."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("needs lm_eval: pip install -r paper/requirements.txt")
+        raise UserError("needs lm_eval: pip install -r paper/requirements.txt")
     if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
-        raise InputError(f"--out={args.out}: its folder does not exist or cannot be written")  # not after the work
+        raise UserError(f"--out={args.out}: its folder does not exist or cannot be written")  # not after the work
     model = load_checkpoint(args.ckpt, choose_device(args.device, among=("cuda", "cpu"))).eval()
     needed = get_tokenizer(model.config.tokenizer).n_vocab
     if model.config.vocab_size < needed:
-        raise InputError(
+        raise UserError(
             f"{args.ckpt}: knows {model.config.vocab_size} token ids, but its tokenizer, {model.config.tokenizer}, "
             f"has {needed}"
         )
@@ -379,7 +379,7 @@ def run(args):
     variant, parameters = variant_name(model.config), count_parameters(model)
     print("\n".join(table(results, variant, parameters)))
     if args.out:
-        with atomic(args.out) as file:
+        with atomic_write(args.out) as file:
             record = {"ckpt": args.ckpt, "variant": variant, "parameters": parameters, **results}
             file.write(json.dumps(record, indent=1).encode())
 
@@ -390,7 +390,7 @@ def main(argv=None):
         run(args)
     except torch.OutOfMemoryError:
         sys.exit(f"six_tasks.py: the GPU's memory is full; halve --batch_size={args.batch_size}")
-    except (InputError, ConfigError) as error:
+    except UserError as error:
         sys.exit(f"six_tasks.py: {error}")
 
 

@@ -22,7 +22,7 @@ import torch
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
 
-from model import ConfigError, read_checkpoint
+from model import read_checkpoint
 
 SMALL = """--device=cpu --preset=smoke --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2
     --total_batch_size=128 --warmup_steps=2 --eval_every=50 --eval_tokens=320 --final_eval_tokens=320 --save_every=5
@@ -41,7 +41,7 @@ def start(folder, flags):
 
 
 def newest(folder):
-    """The newest checkpoint, read back whole; None while there is none. ConfigError if it is damaged."""
+    """The newest checkpoint, read back whole; None while there is none. UserError if it is damaged."""
     paths = sorted(glob.glob(os.path.join(folder, "ckpt_*.pt")))
     return read_checkpoint(paths[-1]) if paths else None
 
@@ -115,5 +115,5 @@ def newest_step(folder):
 if __name__ == "__main__":
     try:
         main()
-    except (AssertionError, ConfigError) as error:
+    except (AssertionError, UserError) as error:
         sys.exit(f"storm.py: {error}")

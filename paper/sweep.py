@@ -34,8 +34,8 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 
 import compare
 import usage
-from model import VARIANTS, ConfigError, ExoFormer, count_parameters, flops_per_token
-from prepare_fineweb import InputError, atomic, find_shards, locked, shard_tokens
+from model import VARIANTS, ExoFormer, count_parameters, flops_per_token
+from prepare_fineweb import UserError, atomic_write, find_shards, locked, shard_tokens
 from train import RunFolder, choose_data, clock, fresh_settings, parse_flags
 
 TRAIN = [sys.executable, os.path.join(HERE, "..", "train.py")]
@@ -106,13 +106,13 @@ def make_jobs(experiments, seeds, flags, out_dir):
 
 
 def plan(args):
-    """The sweep that the command line asks for. InputError or ConfigError for what train.py would refuse."""
+    """The sweep that the command line asks for. UserError or UserError for what train.py would refuse."""
     seeds, flags = SETTINGS[args.setting]
     variant, preset, given = parse_flags(args.train_flags)
     ours = [name for name in ("seed", "out_dir", "data", "resume") if name in given]
     ours += [name for name, value in (("variant", variant), ("preset", preset)) if value]
     if ours:
-        raise InputError(f"-- --{ours[0]}: the sweep sets it itself; see --variants, --seeds, --data and --out_dir")
+        raise UserError(f"-- --{ours[0]}: the sweep sets it itself; see --variants, --seeds, --data and --out_dir")
     flags = {**flags, **given, "data": args.data or choose_data("smoke")}
     experiments = ABLATIONS[args.ablation] if args.ablation else [(variant, {}) for variant in args.variants]
     out_dir = args.out_dir or f"out/sweep-{args.setting}" + (f"-{args.ablation}" if args.ablation else "")
@@ -140,12 +140,12 @@ def state_of(job):
 
 
 def check_same(job):
-    """InputError if the run in the job's folder was begun with other settings than the job has now."""
+    """UserError if the run in the job's folder was begun with other settings than the job has now."""
     model_config, config = configs_of(job)
     old, new = compare.read_settings(job.folder), {**vars(model_config), **vars(config)}
     for name in sorted(set(old) & set(new) - compare.NOT_THE_EXPERIMENT):
         if old[name] != new[name]:
-            raise InputError(f"{job.folder} holds a run with {name}={old[name]}, but now {name}={new[name]}: "
+            raise UserError(f"{job.folder} holds a run with {name}={old[name]}, but now {name}={new[name]}: "
                              "choose another --out_dir, or remove that run")
 
 
@@ -168,7 +168,7 @@ def measure(job, steps=6):
         done = subprocess.run(command, capture_output=True, text=True)
         wall = time.monotonic() - began
         if done.returncode:
-            raise InputError(
+            raise UserError(
                 f"{job.name}: a trial of {steps} steps failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
             )
         seconds = [record["ms"] / 1000 for record in compare.read_log(os.path.join(folder, "run")) if "ms" in record]
@@ -232,7 +232,7 @@ def run_to_end(command):
 
 
 def forget(job):
-    """Remove the log of a run that was killed before its first checkpoint. InputError if the run still lives."""
+    """Remove the log of a run that was killed before its first checkpoint. UserError if the run still lives."""
     folder = RunFolder(job.folder, resume=True)
     os.remove(folder.log_path)
     folder.lock.close()
@@ -278,7 +278,7 @@ def tabulate(jobs, diverged=()):
     lines = compare.markdown(rows) + [""] + remarks + missing
     paths = [os.path.join(jobs[0].out_dir, name) for name in ("table.md", "table.json", "curves.png", "usage.png")]
     compare.write(groups, base, rows, remarks + missing, paths[1], paths[2] if compare.can_draw() else "")
-    with atomic(paths[0]) as file:
+    with atomic_write(paths[0]) as file:
         file.write("\n".join(lines + [""]).encode())
     if compare.can_draw():
         usage.draw(groups, [usage.usage_of_group(group) for group in groups], paths[3])
@@ -336,7 +336,7 @@ def main(argv=None):
                 check_same(job)
             diverged = run(jobs)
             print("\n".join(tabulate(jobs, diverged)))
-    except (InputError, ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"sweep.py: {error}")
 
 

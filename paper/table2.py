@@ -17,8 +17,8 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import Countdown, analyse, validation_windows
-from model import ConfigError, choose_device, load_checkpoint
-from prepare_fineweb import InputError, atomic
+from model import choose_device, load_checkpoint
+from prepare_fineweb import UserError, atomic_write
 
 PAPER_TABLE_2 = {  # attention sink, token similarity, PCA core features (of C = 1024)
     "base": (0.2572, 0.5365, 838.9), "gated": (0.0091, 0.6328, 880.0), "resformer": (0.0212, 0.6558, 853.8),
@@ -46,7 +46,7 @@ def write_record(folder, record):
     """Write the record of one checkpoint as FOLDER/LABEL.json and return the path."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{record['label']}.json")
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(finite(record), allow_nan=False).encode())
     return path
 
@@ -92,7 +92,7 @@ def average(layers):
 def run(args):
     labels = [label_of(path, args.ablate_anchor) for path in args.ckpt]
     if len(set(labels)) < len(labels):
-        raise InputError("two checkpoints share folder and file name, so one JSON would replace the other: "
+        raise UserError("two checkpoints share folder and file name, so one JSON would replace the other: "
                          "rename a folder")
     records, device = [], choose_device(args.device, among=("cuda", "cpu"))
     for path, label in zip(args.ckpt, labels):
@@ -105,7 +105,7 @@ def run(args):
         records.append(dict(label=label, checkpoint=path, data=args.data, **record))
         print(f"wrote {write_record(args.out, records[-1])}", flush=True)
     if not records:
-        raise InputError("--ablate_anchor: none of the checkpoints has an anchor; drop the flag")
+        raise UserError("--ablate_anchor: none of the checkpoints has an anchor; drop the flag")
     print_table_2(records)
     print_use(records)
     print(f"\nPictures: python paper/figures.py {args.out}/*.json")
@@ -132,7 +132,7 @@ def main():
         parser.error(f"--rows={args.rows} must be at least 1")
     try:
         run(args)
-    except (ConfigError, InputError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"table2.py: {error}")
 
 

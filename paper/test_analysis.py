@@ -23,8 +23,8 @@ import figures
 import perplexity
 import released
 import table2
-from model import ConfigError, ExoFormer, load_checkpoint, save_checkpoint, variant_config, variant_name
-from prepare_fineweb import InputError, write_meta, write_shard
+from model import ExoFormer, load_checkpoint, save_checkpoint, variant_config, variant_name
+from prepare_fineweb import UserError, write_meta, write_shard
 
 VARIANTS = ["base", "resformer", "gated", "nuresformer", "exo_scalar", "exo_headwise", "exo_dynamic"]
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -275,7 +275,7 @@ def test_an_ablated_anchor_is_lambda_zero(variant):
 
 
 def test_ablation_needs_an_anchor():
-    with pytest.raises(ConfigError, match="no anchor"):
+    with pytest.raises(UserError, match="no anchor"):
         analysis.analyse(tiny("gated"), windows(), ablate_anchor=True)
 
 
@@ -458,7 +458,7 @@ def shown_ticks(axis):
 @pytest.mark.parametrize("content", ['{"label": "x"}', "5"])
 def test_figures_refuses_other_files(tmp_path, content):
     (tmp_path / "other.json").write_text(content)
-    with pytest.raises(InputError, match="not a file of paper/table2.py"):
+    with pytest.raises(UserError, match="not a file of paper/table2.py"):
         figures.read_record(str(tmp_path / "other.json"))
 
 

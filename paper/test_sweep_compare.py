@@ -29,7 +29,7 @@ import sweep
 import train
 import usage
 from model import VARIANTS, ExoFormer, variant_config
-from prepare_fineweb import InputError, get_tokenizer, write_shard
+from prepare_fineweb import UserError, get_tokenizer, write_shard
 from train import TrainConfig, fresh_settings, parse_flags
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
@@ -127,7 +127,7 @@ def test_a_torn_last_line_is_left_out_and_any_other_bad_line_named(tmp_path):
     assert compare.read_run(folder).step == 4
     with open(tmp_path / "r" / "log.jsonl", "a") as log:
         log.write("\n")
-    with pytest.raises(InputError, match="log.jsonl, line 3: not a JSON record"):
+    with pytest.raises(UserError, match="log.jsonl, line 3: not a JSON record"):
         compare.read_run(folder)
 
 
@@ -471,14 +471,14 @@ def test_scores_equal_a_loop_over_tokens_at_every_batch_size(batch_size):
 
 
 def test_a_continuation_longer_than_the_context_window_is_refused():
-    with pytest.raises(InputError, match="a continuation of 17 tokens does not fit into block_size=16"):
+    with pytest.raises(UserError, match="a continuation of 17 tokens does not fit into block_size=16"):
         six_tasks.score_rows(random_model(), [([1], [2] * 17)])
 
 
 def test_damaged_weights_are_an_error_and_not_an_accuracy():
     model = random_model()
     model.final_norm.weight.data[0] = math.nan
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         six_tasks.score_rows(model, [([1], [2])])
 
 
@@ -574,7 +574,7 @@ def test_piqa_takes_its_labels_from_the_second_file_line_by_line(tmp_path):
     labels.write_text("0\n1\n1\n")
     assert [row["label"] for row in six_tasks.read_piqa(str(tmp_path / "p/valid.jsonl"))] == [0, 1, 1]
     labels.write_text("0\n1\n")
-    with pytest.raises(InputError, match="valid-labels.lst: must hold a 0 or 1 for each of the 3 lines"):
+    with pytest.raises(UserError, match="valid-labels.lst: must hold a 0 or 1 for each of the 3 lines"):
         six_tasks.read_piqa(str(tmp_path / "p/valid.jsonl"))
 
 
@@ -583,13 +583,13 @@ def test_piqa_takes_its_labels_from_the_second_file_line_by_line(tmp_path):
 )
 def test_an_item_that_cannot_be_used_is_named_with_its_line(tmp_path, bad, what):
     write_lines(str(tmp_path / "d/x.jsonl"), [ARC[1], bad])
-    with pytest.raises(InputError, match=f"x.jsonl, line 2: .*{what}"):
+    with pytest.raises(UserError, match=f"x.jsonl, line 2: .*{what}"):
         six_tasks.read_arc(str(tmp_path / "d/x.jsonl"))
 
 
 def test_without_training_items_only_a_trial_may_draw_its_examples_elsewhere(items):
     os.remove(items / "arc/ARC-Easy-Train.jsonl")
-    with pytest.raises(InputError, match="no arc/ARC-Easy-Train.jsonl.* from which the 5 examples are drawn"):
+    with pytest.raises(UserError, match="no arc/ARC-Easy-Train.jsonl.* from which the 5 examples are drawn"):
         six_tasks.local_rows("arc_easy", str(items), 5, None)
     assert "NOT the paper's" in six_tasks.local_rows("arc_easy", str(items), 5, 1)[1]
     assert six_tasks.local_rows("arc_easy", str(items), 0, None)[1] == ""

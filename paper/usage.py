@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import compare
-from prepare_fineweb import InputError, atomic
+from prepare_fineweb import UserError, atomic_write
 
 RATIO = "$\\lambda_1 / \\lambda_2$"
 QUANTITIES = {  # name: (heading in the table, title in the picture)
@@ -35,7 +35,7 @@ def usage_of_run(run):
             if name in QUANTITIES:
                 usage.setdefault(name, {})[record["tokens"]] = np.array(layers, dtype=float)
     if not usage:
-        raise InputError(f"{run.folder}: its log does not say how layers use their anchor; train with this train.py")
+        raise UserError(f"{run.folder}: its log does not say how layers use their anchor; train with this train.py")
     return usage
 
 
@@ -79,7 +79,7 @@ def draw(groups, usages, path):
         last = max(i for i, usage in enumerate(usages) if name in usage)
         column[last].set_xlabel("tokens (millions)")
         figure.colorbar(image, ax=list(column), location="bottom", aspect=25, extend="both")
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png")
     pyplot.close(figure)
 
@@ -101,15 +101,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if not os.path.isdir(os.path.dirname(args.png) or "."):
-            raise InputError(f"{args.png}: its folder does not exist")
+            raise UserError(f"{args.png}: its folder does not exist")
         if args.png and not compare.can_draw():
-            raise InputError("--png needs matplotlib: pip install -r paper/requirements.txt")
+            raise UserError("--png needs matplotlib: pip install -r paper/requirements.txt")
         groups = compare.group_runs([compare.read_run(folder) for folder in args.runs])
         usages = [usage_of_group(group) for group in groups]
         print("\n".join(table_of(groups, usages)))
         if args.png:
             draw(groups, usages, args.png)
-    except (InputError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"usage.py: {error}")
 
 
