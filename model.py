@@ -40,11 +40,10 @@ are computed in float32, and so is mixing where the parameters are.
 `python model.py` prints the table of variants; `python model.py --ckpt=PATH --prompt="Once"` samples from a checkpoint.
 """
 import argparse
+import functools
 import math
-import os
 import pickle
 import re
-import sys
 import zipfile
 import zlib
 from dataclasses import dataclass, field, fields
@@ -54,7 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from prepare_fineweb import UserError
+from prepare_fineweb import UserError, atomic_write, command_line, get_tokenizer, say
 
 # ------------------------------------------------------------------------------------------------------------- 1 config
 
@@ -66,65 +65,73 @@ GRANULARITY = {                     # the shape of a lambda, to broadcast agains
 }
 
 
-def setting(default, help):
-    """A dataclass field that carries its own help text; train.py turns every one of them into a flag."""
-    return field(default=default, metadata={"help": help})
+def setting(default, help, choices=None, low=-math.inf, high=math.inf):
+    """A dataclass field with its help text and what it allows; train.py turns every one into a flag."""
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
 class Checked:
-    """A dataclass of settings that refuses to exist with a rule broken: `problems` yields (is broken, what to say)."""
+    """A frozen dataclass of settings that refuses to exist with a rule broken: those of its fields, or `problems`."""
 
     def __post_init__(self):
+        for f in fields(self):
+            value, allowed = vars(self)[f.name], f.metadata
+            if allowed["choices"] and value not in allowed["choices"]:
+                raise UserError(f"{f.name}={value!r} must be one of {', '.join(map(str, allowed['choices']))}")
+            if type(value) in (int, float) and not (allowed["low"] <= value <= allowed["high"] and math.isfinite(value)):
+                limits = [f"{word} {n:g}" for word, n in (("at least", allowed["low"]), ("at most", allowed["high"]))
+                          if math.isfinite(n)] or ["a finite number"]
+                raise UserError(f"{f.name}={value} must be {' and '.join(limits)}")
         for broken, message in self.problems():
             if broken:
                 raise UserError(message)
+
+    def problems(self):
+        """The rules between fields, as (is broken, what to say)."""
+        return ()
 
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
     """The sizes of a model and one field for each axis of the paper. The defaults are `exo` at the paper's size."""
-    n_layer: int = setting(29, "layers; the paper uses 29 with the gate and 32 without, for equal parameters")
-    n_head: int = setting(16, "attention heads")
-    n_embd: int = setting(1024, "width C of the residual stream")
-    ffn_dim: int = setting(0, "width of the fused SwiGLU input matrix, twice its inner width; 0 means 4 * n_embd")
-    vocab_size: int = setting(57601, "token ids the model knows; the paper's 57,601 is explained in the README")
-    block_size: int = setting(2048, "longest context in tokens")
+    n_layer: int = setting(29, "layers; the paper uses 29 with the gate, 32 without, for equal parameters", low=1)
+    n_head: int = setting(16, "attention heads", low=1)
+    n_embd: int = setting(1024, "width C of the residual stream", low=1)
+    ffn_dim: int = setting(0, "width of the fused SwiGLU input matrix, twice its inner width; 0: 4 * n_embd", low=0)
+    vocab_size: int = setting(57601, "token ids the model knows; the README explains the paper's 57,601", low=1)
+    block_size: int = setting(2048, "longest context in tokens", low=1)
     gate: bool = setting(True, "gate the attention output with sigmoid(G) (Eq. 4-6)")
-    anchor: str = setting("exogenous", "where anchors come from: none, internal (Eq. 8) or exogenous (Eq. 9)")
+    anchor: str = setting("exogenous", "where anchors come from (Eq. 8, Eq. 9)", ("none", "internal", "exogenous"))
     mix: str = setting("qkvg", "which of q, k, v, g are mixed with their anchor (the S of Eq. 10)")
     anchor_norm: str = setting("qkvg", "which anchors pass an RMSNorm (Eq. 10)")
-    granularity: str = setting("elementwise", "shape of a lambda: scalar, headwise or elementwise")
+    granularity: str = setting("elementwise", "the shape of a lambda", tuple(GRANULARITY))
     dynamic: bool = setting(False, "weigh anchor and current projection per token (Eq. 11, 12)")
-    dynamic_dim: int = setting(16, "hidden width of the dynamic-mixing MLP (Eq. 11)")
-    lambda_init: float | None = setting(None, "start of every lambda; none means 0.5, and 1.0 when dynamic")
+    dynamic_dim: int = setting(16, "hidden width of the dynamic-mixing MLP (Eq. 11)", low=1)
+    lambda_init: float | None = setting(None, "start of every lambda; none: 0.5, and 1.0 when dynamic")
     qk_norm: bool = setting(True, "RMSNorm on the mixed queries and keys")
-    norm_position: str = setting("pre", "RMSNorm before each sub-layer (pre, the paper) or after its "
-                                "residual sum (post)")
-    rope_theta: float = setting(500_000.0, "base of the rotary angles")
-    tokenizer: str = setting("gpt2", "what the token ids mean: gpt2 or bytes")
+    norm_position: str = setting("pre", "RMSNorm before each sub-layer (the paper), on its output, or both", ("pre", "after", "both"))
+    window: int = setting(0, "tokens that a token sees, itself included (sliding window); 0: all before it", low=0)
+    rope_theta: float = setting(500_000.0, "base of the rotary angles", low=1)
+    tokenizer: str = setting("gpt2", "what the token ids mean", ("gpt2", "bytes"))
 
     def problems(self):
-        """Every rule a configuration must keep, as (is broken, what to say)."""
-        value = vars(self)
-        for name, allowed in (("anchor", ANCHORS), ("granularity", GRANULARITY), ("norm_position", NORM_POSITION)):
-            yield value[name] not in allowed, f"{name}={value[name]!r} must be one of {', '.join(allowed)}"
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "dynamic_dim"):
-            yield value[name] < 1, f"{name}={value[name]} must be at least 1"
+        """The rules between fields, as (is broken, what to say)."""
         for name in ("mix", "anchor_norm"):
-            letters = value[name]
+            letters = vars(self)[name]
             yield (any(s not in COMPONENTS for s in letters) or len(set(letters)) < len(letters),
                    f"{name}={letters!r} must use the letters q, k, v, g, each at most once")
         yield self.n_embd % self.n_head != 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"
         yield (self.head_dim % 2 != 0, f"head_dim={self.head_dim} (n_embd={self.n_embd} / n_head={self.n_head}) is "
                "odd; RoPE rotates pairs of channels")
-        yield self.ffn_dim % 2 != 0 or self.ffn_dim < 0, f"ffn_dim={self.ffn_dim} must be even and not negative"
+        yield self.ffn_dim % 2 != 0, f"ffn_dim={self.ffn_dim} must be even"
         yield ("g" in self.mix and not self.gate,
                f"mix={self.mix!r} mixes g, but gate={self.gate} gives the layers no g")
         yield self.anchor == "none" and self.mix != "", f"mix={self.mix!r} needs an anchor, but anchor='none'"
         yield self.anchor == "none" and self.dynamic, f"dynamic={self.dynamic} needs an anchor, but anchor='none'"
         yield (self.anchor == "internal" and self.n_layer == 1,
                f"anchor='internal' needs a second layer to mix into, but n_layer={self.n_layer}")
-        yield self.anchor != "none" and self.mix == "", f"anchor={self.anchor!r} has nothing to mix into, since mix=''"
+        yield (self.anchor != "none" and self.mix == "",
+               f"anchor={self.anchor!r} has nothing to mix into, since mix=''; name letters, as in mix=qkvg")
         yield (not set(self.anchor_norm) <= set(self.mix),
                f"anchor_norm={self.anchor_norm!r} names an anchor that mix={self.mix!r} does not use")
 
@@ -187,16 +194,35 @@ TABLE_3 = {  # what the paper prints for each row: (millions of parameters, vali
 }
 
 
-def variant_config(variant, **overrides):
+def variant_settings(variant, given):
+    """The row of Table 3 named `variant` as a dict of settings, overridden by those in `given`.
+
+    What is given narrows what the row says of other fields: gate=False takes g out of mix, letters that are not mixed
+    leave anchor_norm, anchor="none" empties both, mix="" means no anchor, and without an anchor nothing is dynamic.
+    """
+    settings = {**VARIANTS[variant], **given}
+
+    def narrow(name, value):
+        settings[name] = given.get(name, value)
+
+    usable = "" if settings["anchor"] == "none" else COMPONENTS if settings["gate"] else COMPONENTS[:3]
+    narrow("mix", "".join(s for s in settings["mix"] if s in usable))
+    narrow("anchor_norm", "".join(s for s in settings["anchor_norm"] if s in settings["mix"]))
+    narrow("anchor", settings["anchor"] if settings["mix"] else "none")
+    narrow("dynamic", settings["dynamic"] and settings["anchor"] != "none")
+    return settings
+
+
+def variant_config(variant, **given):
     """The ModelConfig of a row of Table 3 by its --variant name, with any field overridden."""
-    return ModelConfig(**{**VARIANTS[variant], **overrides})
+    return ModelConfig(**variant_settings(variant, given))
 
 
 def variant_name(config):
     """The --variant whose axes a ModelConfig has, whatever its sizes; "custom" where Table 3 has no such row."""
     ignored = {"n_layer", "granularity"} if config.anchor == "none" else {"n_layer"}     # nothing is mixed: no lambdas
     for name, row in VARIANTS.items():
-        axes = {**row, "qk_norm": True, "norm_position": "pre"}
+        axes = {**row, "qk_norm": True, "norm_position": "pre", "window": 0}
         if all(vars(config)[axis] == value for axis, value in axes.items() if axis not in ignored):
             return name
     return "custom"
@@ -238,21 +264,39 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * value)
 
 
-class Causal:
+def causal(config, query, key):
+    """Who may look at whom: a token sees itself and all before it. Fused kernels know this rule by name: for another,
+    write a function like sliding_window and let Positions choose it; training, documents and cache then follow it."""
+    return key <= query
+
+
+def sliding_window(config, query, key):
+    """A token sees the config.window newest tokens up to itself. query, key: positions, tensors that broadcast."""
+    return (key <= query) & (query - key < config.window)
+
+
+torch.backends.cuda.enable_cudnn_sdp(False)            # its masked backward has given NaN (pytorch issue 196678)
+
+
+class Positions:
     """What every layer must know of positions, made once per forward: the RoPE tables and who may look at whom.
 
-    Tokens `start` ... `start + length - 1` of a context; each sees itself and all before it. The tables are computed
-    here in float32 rather than stored, so that no cast of the model can spoil them.
+    The `length` tokens are the newest of those that `cache` counts, if there is one; docs (B, length) holds each token's document number,
+    and nobody sees into another document. Positions are not reset at its start. The tables are computed here in float32
+    rather than stored, so that no cast of the model can spoil them.
     """
 
-    def __init__(self, config, length, device, start=0):
+    def __init__(self, config, length, device, docs=None, cache=None):
+        self.config, self.docs, self.cache = config, docs, cache
+        self.rule = sliding_window if config.window else causal
+        self.key = torch.arange(cache.length if cache else length, device=device)
+        self.query = self.key[-length:]
         channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-        position = torch.arange(start, start + length, dtype=torch.float32, device=device)
-        angle = torch.outer(position, config.rope_theta ** (-channel / config.head_dim))
+        angle = torch.outer(self.query.float(), config.rope_theta ** (-channel / config.head_dim))
         cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
         table = torch.cat((cos, cos, -sin, sin), dim=-1)           # one tensor, or each kernel redoes the cosines
         self.cos, self.sin = table.chunk(2, dim=-1)                         # (T, 1, D)
-        self.mask = None
+        self.kernel = self.choose_kernel(length, device)
 
     def rotate(self, x):
         """RoPE, half-split: channel i is paired with i + D/2. x (B, T, H, D)."""
@@ -260,47 +304,35 @@ class Causal:
         partner = y.unflatten(-1, (2, -1)).flip(-2).flatten(-2)             # its derivative is a flip too: both fuse
         return (y * self.cos + partner * self.sin).type_as(x)
 
+    def visible(self, row, head, query, key):
+        """Whether the tokens at positions `query` see those at `key`, in batch row `row`: tensors that broadcast."""
+        seen = self.rule(self.config, query, key)
+        return seen if self.docs is None else seen & (self.docs[row, query] == self.docs[row, key])
+
+    def dense_mask(self):
+        """`visible` for all pairs: (T, L), or (B, 1, T, L) with documents; L counts the cached tokens too."""
+        row = None if self.docs is None else torch.arange(len(self.docs), device=self.docs.device)[:, None, None, None]
+        return self.visible(row, None, self.query[:, None], self.key)
+
+    def choose_kernel(self, length, device):
+        """softmax(q k^T / sqrt(D)) v of (B, H, T, D) tensors, with a mask only where the rule is not plain causality.
+
+        FlexAttention skips blocks of 128 x 128 that nobody sees; it is fast only when compiled for CUDA.
+        """
+        if self.rule is causal and self.docs is None and self.cache is None:
+            return functools.partial(F.scaled_dot_product_attention, is_causal=True)
+        if device.type == "cuda" and torch.compiler.is_compiling() and self.cache is None:
+            rows = None if self.docs is None else len(self.docs)
+            blocks = create_block_mask(self.visible, rows, None, length, length, device=device)
+            return functools.partial(flex_attention, block_mask=blocks)
+        return functools.partial(F.scaled_dot_product_attention, attn_mask=self.dense_mask())
+
     def attend(self, layer, q, k, v):
-        """softmax(q k^T / sqrt(D)) v. All (B, T, H, D); `layer` is for subclasses that remember."""
+        """Attention of layers[layer] over all that each query sees. All (B, T, H, D)."""
+        if self.cache is not None:
+            k, v = self.cache.extend(layer, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        u = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)      # Eq. 2
-        return u.transpose(1, 2)
-
-
-class WithinDocuments(Causal):
-    """Causal, and blind to other documents: docs (B, T) holds each token's document number. Positions are not reset."""
-
-    def __init__(self, config, length, device, docs):
-        super().__init__(config, length, device)
-        before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        self.mask = (before & (docs[:, :, None] == docs[:, None, :]))[:, None]                     # (B, 1, T, T)
-
-
-class DocumentBlocks(Causal):
-    """WithinDocuments for compiled CUDA code: FlexAttention skips the blocks of 128 x 128 that no document fills."""
-
-    def __init__(self, config, length, device, docs):
-        super().__init__(config, length, device)
-
-        def visible(b, h, query, key):
-            return (query >= key) & (docs[b, query] == docs[b, key])
-        self.blocks = create_block_mask(visible, docs.size(0), None, length, length, device=device)
-
-    def attend(self, layer, q, k, v):
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return flex_attention(q, k, v, block_mask=self.blocks).transpose(1, 2)                     # Eq. 2, block-sparse
-
-
-class Cached(Causal):
-    """Causal, for tokens that continue what a KVCache already holds."""
-
-    def __init__(self, config, length, device, cache):
-        super().__init__(config, length, device, start=cache.length)
-        self.cache = cache
-        self.mask = torch.ones(length, cache.length + length, dtype=torch.bool, device=device).tril(cache.length)
-
-    def attend(self, layer, q, k, v):
-        return super().attend(layer, q, *self.cache.extend(layer, k, v))    # by now cache.length counts these tokens
+        return self.kernel(q, k, v).transpose(1, 2)                                                # Eq. 2
 
 
 # ------------------------------------------------------------------------------------------------------------- 3 mixing
@@ -346,11 +378,10 @@ class StaticMixing(nn.Module):
 
 
 class WeightedSum(torch.autograd.Function):
-    """Eq. 12 in float32 with its derivative written out: autograd would keep the product lambda * S of every S as well.
+    """Eq. 12, with its derivative written out so that only its inputs are kept for the backward pass.
 
-    An optimisation and nothing else: whoever changes the formula in `forward` changes `backward` too, or deletes the
-    class and writes the formula into Mix.forward. In the backward `grad` is a factor of every product: one pass over
-    grad, anchor and current gives all sums, and torch.compile has nothing to store for it in the forward.
+    Autograd would also keep the products lambda * S. Whoever changes the formula in `forward` must change `backward`
+    too (a test compares them), or delete this class and write the formula into Mix.forward.
     """
 
     @staticmethod
@@ -457,7 +488,7 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, h, anchor, at):
-        """h (B, T, C), the normed input; anchor {s: (B, T, H, D)}; at a Causal -> (B, T, C)."""
+        """h (B, T, C), the normed input; anchor {s: (B, T, H, D)}; at a Positions -> (B, T, C)."""
         proj, gamma = self.project(h), self.gammas(h)
         for s, mix in self.mix.items():
             proj[s] = mix(anchor[s], proj[s], gamma[s])
@@ -466,11 +497,11 @@ class Attention(nn.Module):
         return self.out_proj(u.flatten(-2))                                                        # Eq. 3
 
 
-NORM_POSITION = {"pre": (RMSNorm, nn.Identity), "post": (nn.Identity, RMSNorm)}    # (before, after the sum)
+NORM_POSITION = {"pre": (RMSNorm, nn.Identity), "after": (nn.Identity, RMSNorm), "both": (RMSNorm, RMSNorm)}
 
 
 class Block(nn.Module):
-    """x = x + Attn(norm(x)); x = x + MLP(norm(x)). With norm_position="post": x = norm(x + f(x)) instead."""
+    """x = x + Attn(norm(x)); x = x + MLP(norm(x)). norm_position="after": x + norm(f(x)); "both": x + norm(f(norm(x)))."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -481,8 +512,8 @@ class Block(nn.Module):
         self.mlp_post_norm = after(config.n_embd)
 
     def forward(self, x, anchor, at):
-        x = self.attn_post_norm(x + self.attn(self.attn_norm(x), anchor, at))
-        return self.mlp_post_norm(x + self.mlp(self.mlp_norm(x)))
+        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), anchor, at))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
 # -------------------------------------------------------------------------------------------------------------- 5 model
@@ -526,17 +557,6 @@ class ExoFormer(nn.Module):
             else:
                 nn.init.constant_(p, start if kind.startswith("lambda_") else 1.0)
 
-    def positions(self, idx, docs, cache):
-        """The one object all layers share: plain causal, within documents, or continuing a cache."""
-        length, device = idx.size(1), idx.device
-        if length > self.config.block_size or (docs is not None and cache is not None):
-            raise ValueError(f"at most block_size={self.config.block_size} tokens a call (here {length}), and docs or "
-                             "cache but not both")
-        if docs is not None:                   # FlexAttention is fast compiled for CUDA; eager code takes the mask
-            sparse = device.type == "cuda" and torch.compiler.is_compiling()
-            return (DocumentBlocks if sparse else WithinDocuments)(self.config, length, device, docs)
-        return cache.positions(length, device) if cache is not None else Causal(self.config, length, device)
-
     def make_anchor(self, embedded):
         """{s: S_anc (B, T, H, D)}: it depends on each token alone, never on its context, so no cache holds it."""
         return self.anchor(embedded, self.layers[0])
@@ -548,9 +568,16 @@ class ExoFormer(nn.Module):
         docs   (B, T) document number of each token, or None: attention does not cross documents
         cache  a KVCache to continue, or None: idx then holds only the new tokens
         """
+        length = idx.size(1)
+        if length > self.config.block_size or (docs is not None and cache is not None):
+            raise ValueError(f"at most block_size={self.config.block_size} tokens a call (here {length}), and docs or "
+                             "cache but not both")
+        if cache is not None:
+            cache.grow(length)
+        at = Positions(self.config, length, idx.device, docs, cache)
         x = self.embed(idx)
         x = x.to(compute_dtype(x.device) or x.dtype)       # autocast leaves an embedding, so the whole stream, float32
-        anchor, at = self.make_anchor(x), self.positions(idx, docs, cache)
+        anchor = self.make_anchor(x)
         for layer in self.layers:
             x = layer(x, anchor, at)
         return self.final_norm(x)
@@ -612,13 +639,11 @@ class KVCache:
         self.config, self.length = config, 0
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
-    def positions(self, length, device):
-        """Make room for `length` more tokens; ValueError if they do not fit."""
+    def grow(self, length):
+        """Count `length` more tokens, whose keys and values `extend` then writes; ValueError if they do not fit."""
         if self.length + length > self.k.size(2):
             raise ValueError(f"a KVCache of {self.k.size(2)} tokens holds {self.length} and cannot take {length} more")
-        at = Cached(self.config, length, device, self)
         self.length += length
-        return at
 
     def extend(self, layer, k, v):
         """Write the newest tokens' k, v (B, T, H, D) and return all so far, (B, length, H, D)."""
@@ -683,17 +708,13 @@ def flops_per_token(model, length):
     return 6 * entries + 12 * model.config.n_layer * model.config.n_embd * length
 
 
+FORMAT = 1                          # of the checkpoints that this version writes, and the newest that it reads
+
+
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain values so that a crash leaves the old file or the whole new one."""
-    partial = f"{path}.tmp"
-    with open(partial, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    os.fsync(folder)                                       # or a power cut may forget the rename
-    os.close(folder)
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, **checkpoint}, file)
 
 
 def read_checkpoint(path):
@@ -716,7 +737,17 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged: its record {damaged} fails its checksum")
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    if checkpoint.get("format", FORMAT) > FORMAT:
+        raise UserError(f"{path} has format {checkpoint['format']}, newer than this code's {FORMAT}; update the code")
     return checkpoint
+
+
+def config_from(kind, settings, path):
+    """A ModelConfig or TrainConfig (`kind`) from the dict in checkpoint `path`. UserError for an unknown setting."""
+    unknown = sorted(set(settings) - {f.name for f in fields(kind)})
+    if unknown:
+        raise UserError(f"{path} has settings this version does not know: {', '.join(unknown)}; update the code")
+    return kind(**settings)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -726,14 +757,10 @@ def load_checkpoint(path, device="cpu"):
         args = checkpoint.get("model_args", {})
         return ExoFormer.from_released(checkpoint.get("model", checkpoint), block_size=args.get("block_size", 2048),
                                        rope_theta=args.get("rope_theta", 500_000.0)).to(device)
-    known = {f.name for f in fields(ModelConfig)}
-    unknown = sorted(set(checkpoint["model_config"]) - known)
-    if unknown:
-        raise UserError(f"{path} has settings this version does not know: {', '.join(unknown)}")
-    model = ExoFormer(ModelConfig(**checkpoint["model_config"]))
+    model = ExoFormer(config_from(ModelConfig, checkpoint["model_config"], path))
     try:
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:
         why = str(error).split("\n")[-1].strip()
         raise UserError(f"{path}: its weights do not fit its configuration ({why})") from None
     return model.to(device)
@@ -798,8 +825,8 @@ def released_anchor_norm(state, anchor, mix, asked):
     if told and asked not in (None, owned):
         raise UserError(f"anchor_norm={asked!r}, but the keys say {owned!r}")
     if not told and asked is None:
-        print("from_released: the keys do not say whether the q and k anchors are normalised; "
-              f"taking anchor_norm={owned!r} (pass anchor_norm='' for a model trained without)")
+        say("from_released: the keys do not say whether the q and k anchors are normalised; "
+            f"taking anchor_norm={owned!r} (pass anchor_norm='' for a model trained without)")
     if not told and not set(asked or "") <= set(owned):
         raise UserError(f"anchor_norm={asked!r} must be '' or {owned!r}: no other norm has a gain in these keys")
     return owned if told or asked is None else asked
@@ -852,7 +879,6 @@ def print_variants():
 
 def print_samples(args):
     """Continue args.prompt with the model of a checkpoint."""
-    from prepare_fineweb import get_tokenizer
     device = choose_device(args.device)
     model = load_checkpoint(args.ckpt, device).eval()
     tokenizer = get_tokenizer(model.config.tokenizer)
@@ -878,16 +904,14 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes the first there is")
     args = parser.parse_args()
-    for broken, message in ((args.num_samples < 1, "--num_samples must be at least 1"),
+    for broken, message in ((args.prompt and not args.ckpt, "--prompt needs a model to continue it: add --ckpt=PATH"),
+                            (args.num_samples < 1, "--num_samples must be at least 1"),
                             (args.top_k < 1, "--top_k must be at least 1"),
                             (args.temperature < 0, "--temperature must not be negative")):
         if broken:
             parser.error(message)
-    try:
-        print_samples(args) if args.ckpt else print_variants()
-    except UserError as error:
-        sys.exit(f"model.py: {error}")
+    print_samples(args) if args.ckpt else print_variants()
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, memory="lower --num_samples or --max_new_tokens")
