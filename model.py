@@ -75,13 +75,11 @@ class Checked:
 
     def __post_init__(self):
         for f in fields(self):
-            value, allowed = vars(self)[f.name], f.metadata
-            if allowed["choices"] and value not in allowed["choices"]:
-                raise UserError(f"{f.name}={value!r} must be one of {', '.join(map(str, allowed['choices']))}")
-            if type(value) in (int, float) and not (allowed["low"] <= value <= allowed["high"] and math.isfinite(value)):
-                limits = [f"{word} {n:g}" for word, n in (("at least", allowed["low"]), ("at most", allowed["high"]))
-                          if math.isfinite(n)] or ["a finite number"]
-                raise UserError(f"{f.name}={value} must be {' and '.join(limits)}")
+            value, choices, low, high = vars(self)[f.name], *(f.metadata[key] for key in ("choices", "low", "high"))
+            if choices and value not in choices:
+                raise UserError(f"{f.name}={value!r} must be one of {', '.join(choices)}")
+            if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+                raise UserError(f"{f.name}={value} must be a number from {low:g} to {high:g}")
         for broken, message in self.problems():
             if broken:
                 raise UserError(message)
@@ -109,7 +107,8 @@ class ModelConfig(Checked):
     dynamic_dim: int = setting(16, "hidden width of the dynamic-mixing MLP (Eq. 11)", low=1)
     lambda_init: float | None = setting(None, "start of every lambda; none: 0.5, and 1.0 when dynamic")
     qk_norm: bool = setting(True, "RMSNorm on the mixed queries and keys")
-    norm_position: str = setting("pre", "RMSNorm before each sub-layer (the paper), on its output, or both", ("pre", "after", "both"))
+    norm_position: str = setting("pre", "RMSNorm before each sub-layer (the paper), on its output, or both",
+                                 ("pre", "after", "both"))
     window: int = setting(0, "tokens that a token sees, itself included (sliding window); 0: all before it", low=0)
     rope_theta: float = setting(500_000.0, "base of the rotary angles", low=1)
     tokenizer: str = setting("gpt2", "what the token ids mean", ("gpt2", "bytes"))
@@ -281,9 +280,9 @@ torch.backends.cuda.enable_cudnn_sdp(False)            # its masked backward has
 class Positions:
     """What every layer must know of positions, made once per forward: the RoPE tables and who may look at whom.
 
-    The `length` tokens are the newest of those that `cache` counts, if there is one; docs (B, length) holds each token's document number,
-    and nobody sees into another document. Positions are not reset at its start. The tables are computed here in float32
-    rather than stored, so that no cast of the model can spoil them.
+    The `length` tokens are the newest of those that `cache` counts, if there is one. docs (B, length) holds each token's
+    document number, and nobody sees into another document; positions are not reset at its start. The tables are
+    computed here in float32 rather than stored, so that no cast of the model can spoil them.
     """
 
     def __init__(self, config, length, device, docs=None, cache=None):
@@ -501,7 +500,7 @@ NORM_POSITION = {"pre": (RMSNorm, nn.Identity), "after": (nn.Identity, RMSNorm),
 
 
 class Block(nn.Module):
-    """x = x + Attn(norm(x)); x = x + MLP(norm(x)). norm_position="after": x + norm(f(x)); "both": x + norm(f(norm(x)))."""
+    """x = x + Attn(norm(x)); x = x + MLP(norm(x)). By norm_position: "after" x + norm(f(x)), "both" x + norm(f(norm(x)))."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -596,11 +595,14 @@ class ExoFormer(nn.Module):
 
         Training minimises cross-entropy + 1e-5 z; only the cross-entropy is a perplexity.
         """
-        logits = self.forward(idx, docs).flatten(0, 1).float()
-        counted = targets.flatten() != -100
-        squares = torch.logsumexp(logits, dim=-1).square()
-        z = torch.where(counted, squares, 0).sum() / counted.sum()
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100), z
+        logits, targets = self.forward(idx, docs).flatten(0, 1).float(), targets.flatten()[:, None]
+        log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+        # the target's logit by comparison: with gather or cross_entropy the backward pass fills all logits twice
+        is_target = torch.arange(logits.size(-1), device=logits.device) == targets
+        log_p = torch.where(is_target, logits, 0).sum(-1, keepdim=True) - log_sum
+        counted = targets != -100
+        cross_entropy, z = (torch.where(counted, term, 0).sum() / counted.sum() for term in (-log_p, log_sum.square()))
+        return cross_entropy, z
 
     @classmethod
     def from_released(cls, state_dict, n_head=None, block_size=2048, anchor_norm=None, **settings):
