@@ -305,6 +305,21 @@ def find_shards(folder, split):
     return [os.path.join(folder, name) for name in names]
 
 
+def fingerprint(folder, split):
+    """[[file name, number of tokens, checksum], ...] of a split: what a resumed run must find as it was. The checksum
+    is a CRC-32 of 32 blocks of 4 KiB spread evenly over the file, which is all of it up to 128 KiB."""
+    return [[os.path.basename(path), shard_tokens(path), sampled_checksum(path)] for path in find_shards(folder, split)]
+
+
+def sampled_checksum(path):
+    checksum, size = 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        for i in range(32):
+            file.seek(max(4096 * i, i * (size - 4096) // 31))
+            checksum = zlib.crc32(file.read(4096), checksum)
+    return f"{checksum:08x}"
+
+
 def shard_names(folder, split="train|val"):
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(name for name in names if re.search(rf"_({split})(_\d+)?\.bin$", name))
@@ -594,6 +609,135 @@ def standard_library_files():
     return sorted(paths)
 
 
+# ---- one file from the network ---------------------------------------------------------------------------------------
+
+FIRST_WAIT, LONGEST_WAIT = 1, 600            # seconds; a server that asks for a longer wait is left to the user
+BLOCK = 1 << 14                              # bytes read at a time; a lost connection loses no more than that
+SLOW_SECONDS, SLOW_BYTES = 30, 300_000       # a connection that brings fewer bytes in this time is begun anew
+
+
+class TryAgain(Exception):
+    """Worth another try, not sooner than `wait` seconds from now."""
+
+    def __init__(self, reason, wait=0):
+        super().__init__(reason)
+        self.wait = wait
+
+
+def hub():
+    """(address, token or "") of the Hugging Face hub, from HF_ENDPOINT and HF_TOKEN."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/")
+    return endpoint or "https://huggingface.co", os.environ.get("HF_TOKEN", "").strip()
+
+
+def download(url, path, size=None, sha256=None, progress=None, stop=None, tries=8):
+    """Bring `url` to `path`. It arrives as path.part, which a later call continues, is checked, then renamed.
+
+    size (bytes) and sha256 (hex): what the file must have, where known. progress(bytes so far) replaces the line on
+    stderr. The threading.Event `stop` ends the call early, without the file. UserError when the file cannot be had;
+    it is given up after `tries` tries in a row that add nothing. HF_TOKEN is sent to the hub's own address alone.
+    """
+    name, part, stop, failures = os.path.basename(path), f"{path}.part", stop or threading.Event(), 0
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    most = size_of(part)
+    while not stop.is_set():
+        try:
+            receive(url, part, size, progress, stop)
+            if not stop.is_set():
+                check_sha256(part, sha256)
+                publish_file(part, path)
+            return
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        except TryAgain as error:
+            failures, most = (0, size_of(part)) if size_of(part) > most else (failures + 1, most)
+            wait = max(error.wait, min(60, FIRST_WAIT * 2 ** max(0, failures - 1)))
+            if failures == tries or wait > LONGEST_WAIT:
+                raise UserError(f"{name}: {error}; given up after try {max(1, failures)} of {tries}") from None
+            say(f"{name}: {error}; try {failures + 1} of {tries} in {wait:.0f} s", file=sys.stderr)
+            stop.wait(wait)
+
+
+def receive(url, part, size, progress, stop):
+    """One connection: append to `part` what it lacks, or begin anew where the server does."""
+    have = max(0, size_of(part) - 1)             # ask for one byte again: a range that begins at the end is an error
+    with open(part, "ab") as file, get(url, have) as response:
+        start = have if response.status_code == 206 else 0
+        file.truncate(start)
+        file.seek(start)
+        if response.status_code == 416:
+            raise TryAgain("more bytes came before than the file has; beginning anew")
+        if not response.headers.get("Content-Range", f"bytes {start}-").startswith(f"bytes {start}-"):
+            raise TryAgain(f"the server sent another part when asked to go on at byte {start}")
+        length = response.headers.get("Content-Length", "")
+        total = start + int(length) if length.isdecimal() else size
+        if size not in (None, total):
+            raise TryAgain(f"the server offers {total} bytes where {size} are due")
+        bar = Progress(f"downloading {os.path.basename(part)}", (total or 0) / 1e6, "MB", start / 1e6)
+        copy(response, file, progress or (lambda done: bar.update(done / 1e6)), stop)
+        bar.end()
+        if total not in (None, file.tell()) and not stop.is_set():
+            raise TryAgain(f"the connection ended at byte {file.tell()} of {total}")
+
+
+def copy(response, file, progress, stop):
+    """Write what the response brings to the file, until it ends, is lost, is too slow or `stop` is set."""
+    import requests
+    mark, marked = time.monotonic(), file.tell()
+    try:
+        for block in response.iter_content(BLOCK):
+            file.write(block)
+            progress(file.tell())
+            if stop.is_set():
+                return
+            if (seconds := time.monotonic() - mark) > SLOW_SECONDS:
+                if file.tell() < marked + SLOW_BYTES:
+                    raise TryAgain(f"only {file.tell() - marked:,} bytes came in {seconds:.0f} s")
+                mark, marked = time.monotonic(), file.tell()
+    except requests.RequestException as error:
+        raise TryAgain(f"connection lost ({type(error).__name__})") from None
+
+
+def get(url, start):
+    """The open response (200, 206, 416) to a GET of `url` from byte `start` on. TryAgain for what may pass, UserError
+    for what will not."""
+    import requests
+    endpoint, token = hub()
+
+    def authorize(request, response=None):       # called at every redirect too, and keeps out what ~/.netrc has
+        request.headers.pop("Authorization", None)
+        if token and origin(request.url) == origin(endpoint):
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    session, host = requests.Session(), urlsplit(url).hostname
+    session.auth = session.rebuild_auth = authorize
+    try:
+        response = session.get(url, headers={"Accept-Encoding": "identity", "Range": f"bytes={start}-"}, stream=True,
+                               timeout=(10, 30))
+    except ValueError as error:
+        raise UserError(f"cannot ask {host} ({type(error).__name__}); check the address, HF_ENDPOINT and HF_TOKEN"
+                        ) from None
+    except requests.RequestException as error:
+        raise TryAgain(f"no answer from {host} ({type(error).__name__})") from None
+    status, asked = response.status_code, response.headers.get("Retry-After", "")
+    if status in (200, 206) and "text/html" in response.headers.get("Content-Type", ""):
+        raise TryAgain("a web page came instead of the file")
+    if status in (200, 206, 416):
+        return response
+    if status in (408, 425, 429) or status >= 500:
+        wait = int(asked) if asked.isdecimal() else 0                        # a date gets the usual wait
+        raise TryAgain(f"HTTP {status}" + (f" (the server asks to wait {wait} s)" if wait else ""), wait)
+    hint = "; set HF_TOKEN to a token that may read it" if status in (401, 403) else ""
+    raise UserError(f"HTTP {status} from {host}{hint}")
+
+
+def check_sha256(part, sha256):
+    if sha256 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha256:
+        os.remove(part)
+        raise TryAgain(f"what came is not the published file (sha256 {sha256})")
+
+
 # ---- the paper's data: download --------------------------------------------------------------------------------------
 
 REPO, TRAIN_SHARDS = "kjj0/finewebedu10B-gpt2", 99
@@ -748,7 +892,7 @@ def fetch(hub, name, size, sha256, folder, stop, backoff, got):
     return again(name, attempt, stop, backoff, progress=lambda: size_of(part))
 
 
-def download(folder, shards=TRAIN_SHARDS, connections=4, backoff=1.0):
+def download_shards(folder, shards=TRAIN_SHARDS, connections=4, backoff=1.0):
     """Bring the validation shard and the first `shards` training shards into `folder` (whose lock the caller holds);
     what is there already stays. UserError when a file cannot be had; what has come is kept for the next run."""
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -878,7 +1022,7 @@ def run(args):
             tokenise(paths, args.out, args.tokenizer, args.workers, args.shard_tokens, args.val_fraction,
                      args.max_bad_lines)
         else:
-            download(args.out, args.shards)
+            download_shards(args.out, args.shards)
     print(f"next: python train.py --data={args.out}")
     return 0
 
