@@ -739,9 +739,13 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged: its record {damaged} fails its checksum")
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def check_format(checkpoint, path):
+    """UserError for a checkpoint in a format that a later version of this code has written."""
     if checkpoint.get("format", FORMAT) > FORMAT:
         raise UserError(f"{path} has format {checkpoint['format']}, newer than this code's {FORMAT}; update the code")
-    return checkpoint
 
 
 def config_from(kind, settings, path):
@@ -755,6 +759,7 @@ def config_from(kind, settings, path):
 def load_checkpoint(path, device="cpu"):
     """An ExoFormer with the weights of a checkpoint file, ours or the released code's."""
     checkpoint = read_checkpoint(path)
+    check_format(checkpoint, path)
     if "model_config" not in checkpoint:
         args = checkpoint.get("model_args", {})
         return ExoFormer.from_released(checkpoint.get("model", checkpoint), block_size=args.get("block_size", 2048),

@@ -109,7 +109,8 @@ class Muon(torch.optim.Optimizer):
         for p, u in zip(params, update.unflatten(0, (len(params), -1))):
             u = u.reshape(p.shape).to(p.dtype)
             decayed = torch.where(u * p >= 0, p, 0) if cautious else p
-            p.sub_(u + weight_decay * decayed, alpha=lr)
+            p.sub_(decayed, alpha=lr * weight_decay)            # rounded by itself, as in the released code: there, in
+            p.sub_(u, alpha=lr)                                 # bfloat16 weights, this decay is lost altogether
 
     def buffer(self, p, name, shape):
         """A state tensor of parameter p, zero at first."""

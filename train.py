@@ -1,113 +1,109 @@
 """
 Train any variant of ExoFormer, on one GPU, several (torchrun) or a CPU.
 
-    python train.py                              what this machine can do: a CPU learns Python from Python in 2 minutes
+    python train.py                              what this machine can do: a CPU learns Python from Python in a minute
     python train.py --variant=exo_dynamic        on an H100 with the FineWeb shards: the paper's run (Table 4)
     python train.py --preset=small --data=DIR    GPT-2-small size, one consumer GPU
     python train.py --resume --out_dir=DIR       go on where a run stopped, bit for bit
+    python train.py --init_from=PATH --data=DIR  a new run from the weights of a checkpoint, ours or a released one
     torchrun --nproc_per_node=8 train.py ...     the same run on eight GPUs
 
-Settings come from, each overriding the one before: the defaults below (the paper's recipe), the variant's row of
-Table 3, the preset, the flags. Nothing here is random but the initial weights: which tokens step s reads is a function
-of (seed, s), learning rate and momentum are functions of s. So a resumed run needs no state but the tensors (RNG states
-are kept for what you may add).
+Later settings override earlier ones: the defaults below (the paper's recipe), the preset, the variant, the flags.
+The tokens of step s depend on (seed, s) alone, learning rate and momentum on s: a resumed run needs only the tensors.
 """
+import os
+import signal
+
+if __name__ == "__main__":                                  # Ctrl-C during the imports, which take seconds: one line
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ntrain.py: interrupted\n"), os._exit(128 + signal.SIGINT)))
+
 import argparse
 import contextlib
 import difflib
-import fcntl
 import functools
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import typing
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
+import torch.nn.functional as F
 
-from model import (VARIANTS, Causal, Checked, ExoFormer, Linear, ModelConfig, choose_device, count_parameters,
-                   flops_per_token, generate, read_checkpoint, save_checkpoint, setting, variant_name)
+from model import (VARIANTS, Checked, ExoFormer, Linear, ModelConfig, check_format, choose_device, config_from, count_parameters,
+                   flops_per_token, generate, load_checkpoint, read_checkpoint, save_checkpoint, setting, variant_name,
+                   variant_settings)
 from muon import Muon, polar_express
-from prepare_fineweb import (UserError, find_shards, get_tokenizer, read_meta, read_window, shard_tokens,
-                             write_default_shards)
+from prepare_fineweb import (Progress, UserError, clock, command_line, find_shards, fingerprint, get_tokenizer, locked,
+                             read_meta, read_window, say, shard_tokens, write_default_shards)
 
 FINEWEB, DEFAULT_DATA = "data/fineweb_edu10B", "data/python_stdlib"
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # torchrun sets both
+
+
+def print0(line):
+    """Print on the first process only."""
+    if RANK == 0:
+        say(line)
+
 
 # ----------------------------------------------------------------------------------------------------------- 1 settings
 
-
 @dataclass(frozen=True)
 class TrainConfig(Checked):
-    """The recipe. Defaults are the paper's (Table 4), but where the README says otherwise."""
-    data: str = setting("", "folder of token shards; empty means FineWeb-Edu if it is there, else Python's own sources")
-    out_dir: str = setting("", "run folder: log.jsonl and checkpoints; empty means out/PRESET-VARIANT")
-    resume: bool = setting(False, "continue the newest whole checkpoint in out_dir; flags not given keep their "
-                                  "old value")
-    device: str = setting("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = setting("auto", "float32; bfloat16: float32 weights, bfloat16 compute; pure_bfloat16: as the released "
-                                 "code, no float32 copy; auto: bfloat16 on cuda, else float32")
-    compile: str = setting("auto", "true or false: torch.compile; auto: on cuda, and on a CPU where the run is long "
-                                   "enough")
-    deterministic: str = setting("auto", "true or false: deterministic algorithms only; auto: on a CPU")
-    seed: int = setting(1337, "of the initial weights and the order of the data")
-    max_steps: int = setting(38147, "optimizer steps")
-    max_minutes: float = setting(0.0, "stop after the step that passes this many minutes, saved and resumable; "
-                                      "0: never")
-    batch_size: int = setting(16, "sequences per forward pass and device")
-    total_batch_size: int = setting(262144, "tokens per optimizer step, over all forward passes and devices")
+    """The recipe. The defaults are the paper's (Table 4), except where the README says otherwise."""
+    # where
+    data: str = setting("", "folder of token shards; empty: FineWeb-Edu if it is there, else Python's own sources")
+    out_dir: str = setting("", "run folder for log.jsonl and checkpoints; empty: out/PRESET-VARIANT")
+    resume: bool = setting(False, "continue the newest whole checkpoint in out_dir; flags not given keep their old "
+                           "value")
+    init_from: str = setting("", "checkpoint to take the weights and the model's settings from; empty: draw new ones")
+    device: str = setting("auto", "auto: the first there is", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = setting("auto", "bfloat16: float32 weights, bfloat16 compute; pure_bfloat16: as the released code, no "
+                         "float32 copy of matrices; auto: bfloat16 on cuda, else float32",
+                         ("auto", "float32", "bfloat16", "pure_bfloat16"))
+    compile: str = setting("auto", "torch.compile; auto: on cuda", ("auto", "true", "false"))
+    deterministic: str = setting("auto", "deterministic algorithms only; auto: on a CPU", ("auto", "true", "false"))
+    # how much
+    seed: int = setting(1337, "of the initial weights and the order of the data", low=0)
+    max_steps: int = setting(38147, "optimizer steps", low=1)
+    max_minutes: float = setting(0.0, "stop, saved and resumable, after the step that passes this; 0: never", low=0)
+    batch_size: int = setting(16, "sequences per forward pass and device", low=1)
+    total_batch_size: int = setting(262144, "tokens per optimizer step, over all forward passes and devices", low=1)
     mask_documents: bool = setting(True, "attention does not cross documents")
-    optimizer: str = setting("muon", "for the matrices of layers and anchors: muon or adamw")
-    muon_lr: float = setting(0.01, "peak learning rate of Muon")
-    muon_momentum: float = setting(0.95, "momentum of Muon")
-    muon_ramp: bool = setting(False, "as the released code: momentum from 0.85 over the first 100 steps, back at "
-                                      "the end")
-    muon_beta2: float = setting(0.0, "second moment of NorMuon (released code: 0.95); 0: none, as the paper")
-    muon_dtype: str = setting("bfloat16", "of the Polar Express iteration: bfloat16 (the paper) or float32")
-    muon_fused: bool = setting(False, "as the released code: orthogonalise fused Q,K,V,G and SwiGLU weights as "
-                                      "one matrix")
-    adamw_lr: float = setting(0.003, "peak learning rate of AdamW")
-    weight_decay: float = setting(0.1, "decoupled; cautious in Muon; on matrices only")
-    warmup_steps: int = setting(1000, "linear warm-up to the peak")
-    decay_fraction: float = setting(0.2, "share of the steps, at the end, over which the rate falls linearly")
-    final_lr: float = setting(0.1, "what it falls to, as a share of the peak")
-    grad_clip: float = setting(1.0, "largest norm of the whole gradient")
-    z_loss: float = setting(1e-5, "weight of mean logsumexp^2 in the loss")
-    eval_every: int = setting(500, "steps between evaluations on the validation split; 0: only first and last")
-    eval_tokens: int = setting(10_485_760, "validation tokens per evaluation; 0: all")
-    final_eval_tokens: int = setting(0, "validation tokens of the last evaluation; 0: all")
-    hellaswag_every: int = setting(0, "steps between HellaSwag evaluations (GPT-2 tokens only); 0: never")
-    save_every: int = setting(1000, "steps between checkpoints; 0: only at the end")
-    keep: int = setting(2, "newest checkpoints to keep")
-    log_every: int = setting(10, "steps between printed lines (log.jsonl has every step)")
-    sample_tokens: int = setting(200, "length of the sample at the end")
-
-    def problems(self):
-        """Every rule the settings must keep, as (is broken, what to say)."""
-        value = vars(self)
-        choices = dict(device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "float32", "bfloat16", "pure_bfloat16"),
-                       compile=("auto", "true", "false"), deterministic=("auto", "true", "false"),
-                       optimizer=("muon", "adamw"), muon_dtype=ITERATION_DTYPES)
-        for name, allowed in choices.items():
-            yield value[name] not in allowed, f"--{name}={value[name]} must be one of {', '.join(allowed)}"
-        for name in ("max_steps", "batch_size", "total_batch_size", "keep", "log_every"):
-            yield value[name] < 1, f"--{name}={value[name]} must be at least 1"
-        for name in ("eval_every", "eval_tokens", "final_eval_tokens", "hellaswag_every", "save_every", "warmup_steps",
-                     "max_minutes", "muon_lr", "adamw_lr", "weight_decay", "sample_tokens", "z_loss"):
-            yield not 0 <= value[name] < math.inf, f"--{name}={value[name]} must be 0 or more"
-        for name in ("decay_fraction", "final_lr", "muon_momentum", "muon_beta2"):
-            yield not 0 <= value[name] <= 1, f"--{name}={value[name]} must be between 0 and 1"
-        yield not self.grad_clip > 0, f"--grad_clip={self.grad_clip} must be above 0"
-        yield self.seed < 0, f"--seed={self.seed} must not be negative"
+    # optimizer
+    optimizer: str = setting("muon", "for the matrices of layers and anchors", ("muon", "adamw"))
+    muon_lr: float = setting(0.01, "peak learning rate of Muon", low=0)
+    muon_momentum: float = setting(0.95, "momentum of Muon", low=0, high=1)
+    muon_ramp: bool = setting(False, "as released: momentum from 0.85 over the first 100 steps, back at the end")
+    muon_beta2: float = setting(0.0, "second moment of NorMuon (released code: 0.95); 0: none", low=0, high=1)
+    muon_dtype: str = setting("auto", "of the Polar Express iteration; auto: float32 on a CPU, else bfloat16",
+                              ("auto", "bfloat16", "float32"))
+    muon_fused: bool = setting(False, "as released: orthogonalise fused Q,K,V,G and SwiGLU weights as one matrix")
+    adamw_lr: float = setting(0.003, "peak learning rate of AdamW", low=0)
+    weight_decay: float = setting(0.1, "decoupled; cautious in Muon; on matrices only", low=0)
+    warmup_steps: int = setting(1000, "linear warm-up to the peak", low=0)
+    decay_fraction: float = setting(0.2, "share of the steps, at the end, with a falling rate", low=0, high=1)
+    final_lr: float = setting(0.1, "what it falls to, as a share of the peak", low=0, high=1)
+    grad_clip: float = setting(1.0, "largest norm of the whole gradient", low=1e-12)
+    z_loss: float = setting(1e-5, "weight of mean logsumexp^2 in the loss", low=0)
+    # how often
+    eval_every: int = setting(500, "steps between validation losses; 0: only first and last", low=0)
+    eval_tokens: int = setting(10_485_760, "validation tokens per evaluation; 0: all", low=0)
+    final_eval_tokens: int = setting(0, "validation tokens of the last evaluation; 0: all", low=0)
+    save_every: int = setting(1000, "steps between checkpoints; 0: only the first and the last", low=0)
+    keep: int = setting(2, "newest checkpoints to keep; 0: all", low=0)
+    log_every: int = setting(10, "steps between printed lines (log.jsonl has every step)", low=1)
+    sample_tokens: int = setting(200, "length of the sample at the end; 0: none", low=0)
 
 
 PRESETS = {  # fields of ModelConfig and TrainConfig that differ from the paper's
@@ -120,12 +116,12 @@ PRESETS = {  # fields of ModelConfig and TrainConfig that differ from the paper'
 }
 
 MAY_CHANGE_ON_RESUME = set("""out_dir resume data device compile deterministic max_steps max_minutes batch_size muon_lr
-    adamw_lr warmup_steps decay_fraction final_lr eval_every eval_tokens final_eval_tokens hellaswag_every save_every
-    keep log_every sample_tokens""".split())
+    adamw_lr warmup_steps decay_fraction final_lr eval_every eval_tokens final_eval_tokens save_every keep log_every
+    sample_tokens""".split())
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an unknown flag or name says which one was probably meant, in one line."""
+    """argparse, but an unknown flag or name says in one line which one was probably meant."""
 
     def error(self, message):
         unknown = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s=']+)", message)
@@ -136,20 +132,19 @@ class Parser(argparse.ArgumentParser):
 
 def true_or_false(text):
     """An argparse type for switches."""
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+    if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
+    return text.lower() == "true"
 
 
-def float_or_none(text):
+def number_or_none(text):
     """An argparse type for a number that may be left to the code."""
     return None if text.lower() == "none" else float(text)
 
 
 def parse_flags(argv):
-    """(variant or None, preset or None, {flag: value} of the flags that were given)."""
-    parser = Parser(prog="train.py", description="Train a variant of ExoFormer.", allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    """(variant or None, preset or None, {flag: value} of the other flags that were given)."""
+    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--variant", choices=VARIANTS, default=None, metavar="NAME",
                         help=f"row of Table 3 (default: exo_dynamic): {', '.join(VARIANTS)}")
     parser.add_argument("--preset", choices=PRESETS, default=None, metavar="NAME",
@@ -158,39 +153,14 @@ def parse_flags(argv):
     for config in (TrainConfig, ModelConfig):
         group = parser.add_argument_group(config.__name__)
         for f in (f for f in fields(config) if f.name != "tokenizer"):            # the data decide the tokenizer
-            parse = {bool: true_or_false, int: int, float: float, str: str}.get(f.type, float_or_none)
-            extra = dict(nargs="?", const=True) if f.type is bool else {}
-            default = str(f.default).lower() if f.type is bool else "''" if f.default == "" else f.default
-            text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-            group.add_argument(f"--{f.name}", type=parse, help=text, metavar=f.name.split("_")[-1].upper(), **extra)
+            parse = number_or_none if typing.get_args(f.type) else true_or_false if f.type is bool else f.type
+            among = f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
+            text = f"{f.metadata['help']}{among} (default: {f.default!r})".replace("%", "%%")
+            group.add_argument(f"--{f.name}", type=parse, help=text, choices=f.metadata["choices"],
+                               metavar=f.name.split("_")[-1].upper(),
+                               **(dict(nargs="?", const=True) if f.type is bool else {}))
     given = vars(parser.parse_args(argv))
     return given.pop("variant"), given.pop("preset"), given
-
-
-def pick(config, settings):
-    """An instance of dataclass `config` from those of `settings` that are its fields."""
-    return config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings})
-
-
-def fresh_settings(variant, preset, given):
-    """(ModelConfig, TrainConfig) of a new run."""
-    variant, preset = variant or "exo_dynamic", preset or default_preset()
-    settings = {**VARIANTS[variant], **PRESETS[preset], **given}
-    settings["out_dir"] = settings.get("out_dir") or f"out/{preset}-{variant}"
-    settings["data"] = settings.get("data") or choose_data(preset)
-    if not os.path.isdir(settings["data"]):
-        raise UserError(f"--data={settings['data']}: no such folder; write shards there with: "
-                         f"python prepare_fineweb.py --input=FILES --out={settings['data']}")
-    settings["tokenizer"] = read_meta(settings["data"])["tokenizer"]
-    if preset != "paper" and "vocab_size" not in given:
-        settings["vocab_size"] = 64 * math.ceil(get_tokenizer(settings["tokenizer"]).n_vocab / 64)
-    return both_configs(settings)
-
-
-def both_configs(settings):
-    """(ModelConfig, TrainConfig) from a dict with the fields of both."""
-    model_config = pick(ModelConfig, settings)
-    return model_config, resolve(pick(TrainConfig, settings), model_config)
 
 
 def default_preset():
@@ -198,64 +168,107 @@ def default_preset():
     return "paper" if torch.cuda.is_available() and os.path.isdir(FINEWEB) else "smoke"
 
 
+def fresh_settings(variant, preset, given):
+    """(ModelConfig, TrainConfig) of a new run."""
+    variant, preset = variant or "exo_dynamic", preset or default_preset()
+    settings = variant_settings(variant, {**PRESETS[preset], **given})
+    settings["data"] = settings.get("data") or choose_data(preset)
+    find_shards(settings["data"], "train")                 # says what to do where there are none
+    settings["tokenizer"] = read_meta(settings["data"])["tokenizer"]
+    if preset != "paper" and "vocab_size" not in given:
+        settings["vocab_size"] = 64 * math.ceil(get_tokenizer(settings["tokenizer"]).n_vocab / 64)
+    if settings.get("init_from"):
+        settings.update(settings_of_source(settings, given))
+    return resolve(settings)
+
+
+def settings_of_source(settings, given):
+    """The model's settings in the checkpoint --init_from; UserError where the flags or the data want others."""
+    path = settings["init_from"]
+    source = asdict(load_checkpoint(path).config)
+    asked = {**{name: value for name, value in given.items() if name in source}, "tokenizer": settings["tokenizer"]}
+    shorter = asked.pop("block_size", source["block_size"])            # RoPE works at any length
+    for name, value in asked.items():
+        if value != source[name]:
+            raise UserError(f"--init_from={path} is a model with {name}={source[name]}, but {value} is asked for "
+                            f"by {'--data' if name == 'tokenizer' else f'--{name}'}")
+    return {**source, "block_size": shorter}
+
+
 def choose_data(preset):
-    """The data folder when --data is not given; writes the embedded default where nothing else is there."""
+    """The folder of shards where --data is not given; writes the embedded default where nothing else is there."""
     if preset != "smoke" and os.path.isdir(FINEWEB):
         return FINEWEB
     if preset == "paper":
         raise UserError(f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB}; get them with: "
-                         "python prepare_fineweb.py")
-    rule = "=" * 100
-    say(f"{rule}\nNO --data: training on the source code of Python's standard library, byte by byte ({DEFAULT_DATA}).\n"
-        "For real text: python prepare_fineweb.py, or its --input=FILES --out=DIR and then --data=DIR here\n" + rule)
+                        "python prepare_fineweb.py")
+    print0(f"NO --data: training on the source code of Python's standard library, byte by byte ({DEFAULT_DATA}).\n"
+           "For real text: python prepare_fineweb.py, or its --input=FILES --out=DIR and then --data=DIR here")
     write_default_shards(DEFAULT_DATA)
     return DEFAULT_DATA
 
 
-def resolve(config, model_config):
-    """`config` with every "auto" decided, so that a checkpoint records what the run really used."""
+def resolve(settings):
+    """(ModelConfig, TrainConfig) with every "auto" decided, so that a checkpoint records what the run really used."""
+    model_config, config = (kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
+                            for kind in (ModelConfig, TrainConfig))
     device = choose_device(config.device)
-    dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(config.dtype, config.dtype)
-    deterministic = {"auto": str(device == "cpu").lower()}.get(config.deterministic, config.deterministic)
-    config = replace(config, device=device, dtype=dtype, deterministic=deterministic)
-    return replace(config, compile=decide_compile(config, model_config))
+    if device == "mps" and WORLD_SIZE > 1:
+        raise UserError("--device=mps works with one process only; start train.py without torchrun")
+    auto = dict(dtype="bfloat16" if device == "cuda" else "float32", compile=str(device == "cuda").lower(),
+                deterministic=str(device == "cpu").lower(), muon_dtype="float32" if device == "cpu" else "bfloat16")
+    config = replace(config, device=device, **{k: v for k, v in auto.items() if vars(config)[k] == "auto"})
+    if config.compile == "true":
+        check_compiler(device)
+    if device == "cpu" and "bfloat16" in config.dtype + config.muon_dtype:
+        warn_of_slow_bfloat16()
+    return model_config, config
 
 
-COMPILE_PAYS_ON_CPU = 2e13      # training FLOPs per layer: 20 minutes of eager work on 2 cores; compiling takes 1 or 2
+def check_compiler(device):
+    """UserError where torch.compile would find no compiler: Triton builds a C extension, a CPU needs C++."""
+    names = [os.environ.get("CC", "gcc"), "clang"] if device == "cuda" else [os.environ.get("CXX", "g++"), "clang++"]
+    needs = {" or ".join(names): any(map(shutil.which, names))}
+    if device == "cuda":
+        header = os.path.join(sysconfig.get_path("include"), "Python.h")
+        needs |= {f"{header} (Debian: python3-dev)": os.path.exists(header),
+                  "the package triton": importlib.util.find_spec("triton")}
+    if missing := [name for name, there in needs.items() if not there]:
+        raise UserError(f"torch.compile needs {' and '.join(missing)}: install that, or run with --compile=false "
+                        "(slower, and on a GPU with about twice the memory for activations)")
 
 
-def decide_compile(config, model_config):
-    """ "true" or "false". On a CPU compiling pays once the run is long; where no compiler exists, a line says so."""
-    with torch.device("meta"):
-        per_token = flops_per_token(ExoFormer(model_config), model_config.block_size)
-    flops = per_token * config.max_steps * config.total_batch_size
-    long_enough = flops > COMPILE_PAYS_ON_CPU * model_config.n_layer
-    worth_it = config.device == "cuda" or (config.device == "cpu" and long_enough)
-    wanted = {"auto": worth_it}.get(config.compile, config.compile == "true")
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if wanted and (not compiler or (config.device == "cuda" and importlib.util.find_spec("triton") is None)):
-        say(f"no {'compiler' if not compiler else 'triton'} here, so torch.compile cannot be used: training eagerly")
-        return "false"
-    return str(wanted).lower()
+def warn_of_slow_bfloat16():
+    """Say what bfloat16 costs on a CPU that has no instructions for it, from a product of each kind."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):           # the first two warm up
+        a, began = torch.ones(256, 256, dtype=dtype), time.perf_counter()
+        a @ a
+        seconds[dtype] = time.perf_counter() - began
+    times = seconds[torch.bfloat16] / seconds[torch.float32]
+    if times > 2:
+        print0(f"SLOW: bfloat16 matrix products take {times:.0f} times as long as float32 on this CPU; "
+               "--dtype=float32 --muon_dtype=float32 avoids them")
 
 
-def resumed_settings(variant, given, checkpoint):
+def resumed_settings(variant, given, path, checkpoint):
     """(ModelConfig, TrainConfig) of a checkpoint and the flags given now. UserError where they make another run."""
-    old = {**asdict(TrainConfig()), **checkpoint["train_config"], **checkpoint["model_config"]}
-    axes = {name: value for name, value in VARIANTS.get(variant, {}).items() if name != "n_layer"}
-    asked = {name: value for name, value in {**axes, **given}.items() if value != "auto"}
-    changed = {name: value for name, value in asked.items()
-               if old[name] != value and name not in ("out_dir", "resume")}
-    for name, value in changed.items():
+    trained = {name: value for name, value in checkpoint["train_config"].items() if name != "hellaswag_every"}   # gone
+    check_format(checkpoint, path)
+    old = {**asdict(config_from(ModelConfig, checkpoint["model_config"], path)),
+           **asdict(config_from(TrainConfig, trained, path))}
+    row = variant_settings(variant, given) if variant else given
+    asked = {name: value for name, value in row.items() if name != "n_layer" or "n_layer" in given}
+    changed = {name: value for name, value in asked.items() if value not in (old[name], "auto")}
+    for name in sorted(set(changed) - {"out_dir", "resume"}):
         if name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"--{name}={value} does not fit the run to resume, which has {name}={old[name]}; "
-                              "drop the flag, or start anew in another --out_dir")
-        say(f"changed on resuming: {name} from {old[name]} to {value}; what follows may differ from the old run")
-    settings = {**old, **changed, "out_dir": given["out_dir"], "resume": True}
-    return both_configs(settings)
+            raise UserError(f"--{name}={changed[name]} does not fit the run to resume, which has {name}={old[name]}; "
+                            "drop the flag, or start anew in another --out_dir")
+        print0(f"changed on resuming: {name} from {old[name]} to {changed[name]}; the rest may differ from the old run")
+    return resolve({**old, **changed})
 
 
-# -------------------------------------------------------------------------------------------------- 2 functions of step
+# ---------------------------------------------------------------------------------- 2 functions of step: rates and data
 
 def lr_multiplier(step, config):
     """Learning rate of `step` (0-based) as a share of the peak: linear warm-up, constant, linear fall (Table 4)."""
@@ -274,7 +287,7 @@ def muon_momentum(step, config):
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
-    """The order in which `epoch` visits n windows."""
+    """The order in which `epoch` visits n windows. Change this for another order of the data."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
 
 
@@ -282,13 +295,14 @@ class Tokens:
     """One split of a data folder, cut into windows of block_size + 1 tokens that overlap by one."""
 
     def __init__(self, folder, split, model_config):
-        self.vocab_size, self.block_size = model_config.vocab_size, model_config.block_size
+        self.limit = min(get_tokenizer(model_config.tokenizer).n_vocab, model_config.vocab_size)
+        self.block_size, self.folder, self.split = model_config.block_size, folder, split
         self.paths = [str(path) for path in find_shards(folder, split)]
         self.counts = [shard_tokens(path) for path in self.paths]
         self.starts = np.cumsum([0] + [(count - 1) // self.block_size for count in self.counts])
         if len(self) == 0:
             raise UserError(f"{folder}: no {split} shard holds block_size + 1 = {self.block_size + 1} tokens; "
-                             "lower --block_size")
+                            "lower --block_size")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -298,20 +312,16 @@ class Tokens:
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         start = int(i - self.starts[shard]) * self.block_size
         tokens = read_window(self.paths[shard], start, self.block_size + 1)
-        if tokens.max() >= self.vocab_size:
-            raise UserError(f"{self.paths[shard]}: token id {tokens.max()} at or above vocab_size={self.vocab_size}; "
-                             "the shard is damaged or of another tokenizer "
-                             "(python prepare_fineweb.py verify --out=DIR)")
+        if tokens.max() >= self.limit:
+            raise UserError(f"{self.paths[shard]}: token id {tokens.max()} is not among the {self.limit:,} of tokenizer "
+                            "and vocab_size; the shard is damaged or of another tokenizer "
+                            f"(python prepare_fineweb.py verify --out={self.folder})")
         return tokens
 
     def shuffled(self, seed, first, count):
-        """Windows first ... first + count - 1 of the endless training order: every epoch a new permutation."""
+        """Windows first ... first + count - 1 of the endless training order, (count, block_size + 1)."""
         places = [divmod(k, len(self)) for k in range(first, first + count)]
         return np.stack([self.window(permutation(seed, epoch, len(self))[i]) for epoch, i in places])
-
-    def fingerprint(self):
-        """What a resumed run must find again: shard names and lengths."""
-        return [[os.path.basename(path), count] for path, count in zip(self.paths, self.counts)]
 
 
 def to_batch(windows, eot, config):
@@ -323,109 +333,60 @@ def to_batch(windows, eot, config):
     return idx, targets, (idx == eot).cumsum(1) if config.mask_documents else None
 
 
-# ------------------------------------------------------------------------------------------------ 3 one process or many
+# ------------------------------------------------------------------------------------------------------ 3 many processes
 
-class Alone:
-    """One process. `Team` offers the same to each of the processes that torchrun started."""
-    rank, size = 0, 1
-
-    def use(self, device):
-        pass
-
-    def wrap(self, objective):
-        return objective
-
-    def without_sync(self, objective):
-        return contextlib.nullcontext()
-
-    def total(self, tensor):
-        return tensor
-
-    def largest(self, tensor):
-        return tensor
-
-    def agree(self, value):
-        return value
-
-    def polar(self, matrices, dtype):
-        return polar_express(matrices, dtype)
-
-    def close(self):
-        pass
+def init_processes(device):
+    """Join the group that torchrun started."""
+    local_rank, cuda = int(os.environ["LOCAL_RANK"]), device == "cuda"
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}; lower "
+                        "torchrun's --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 
-class Team(Alone):
-    """A data-parallel group: each process reads its share of every step; PyTorch's DDP averages the gradients."""
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """`tensor`, in place, summed over all processes."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor, op)
+    return tensor
 
-    def __init__(self):
-        self.rank, self.size, self.device = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "cpu"
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}; lower "
-                              "torchrun's --nproc_per_node")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
-    def use(self, device):
-        """Work on `device` from now on, once the settings have decided it."""
-        if device == "mps":
-            raise UserError("--device=mps works with one process only; start train.py without torchrun")
-        self.device = device
+def all_reduce_gradients(parameters):
+    """Sum the gradients over all processes, in one flat tensor per dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        grads = [p.grad for p in parameters if p.dtype == dtype]
+        if WORLD_SIZE > 1 and grads:
+            flat = all_reduce(torch.cat([grad.flatten() for grad in grads]))
+            parts = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
 
-    def wrap(self, objective):
-        torch._dynamo.config.optimize_ddp = False          # else what is compiled inside DDP first is cut into pieces
-        device_ids = [torch.cuda.current_device()] if self.device == "cuda" else None
-        return DistributedDataParallel(objective, device_ids=device_ids)
 
-    def without_sync(self, objective):
-        return objective.no_sync()
-
-    def total(self, tensor):
-        """The sum of `tensor` over all processes."""
-        tensor = tensor.to(self.device)
-        dist.all_reduce(tensor)
-        return tensor
-
-    def largest(self, tensor):
-        """The elementwise maximum of `tensor` over all processes."""
-        tensor = tensor.to(self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor
-
-    def agree(self, value):
-        """The first process's `value`, everywhere; nobody goes on before it is there."""
-        box = [value]
+def broadcast(value):
+    """The first process's `value`, everywhere; nobody goes on before it is there."""
+    box = [value]
+    if WORLD_SIZE > 1:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
-        return box[0]
-
-    def polar(self, matrices, dtype):
-        """polar_express of (N, rows, cols): each process works on N / size of them, and all gather the results."""
-        share = math.ceil(len(matrices) / self.size)
-        missing = share * self.size - len(matrices)
-        padded = torch.cat((matrices, matrices.new_zeros(missing, *matrices.shape[1:])))
-        mine = polar_express(padded[self.rank * share:(self.rank + 1) * share], dtype).contiguous()
-        shares = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(shares, mine)
-        return torch.cat(shares)[:len(matrices)]
-
-    def close(self):
-        dist.destroy_process_group()
+    return box[0]
 
 
-TEAM = Alone()
-
-
-def say(line):
-    """Print on the first process only."""
-    if TEAM.rank == 0:
-        print(line, flush=True)
+def shared_polar(matrices, dtype):
+    """polar_express of (N, rows, cols): each process works on its share of the N, and all gather the results."""
+    if WORLD_SIZE == 1:
+        return polar_express(matrices, dtype)
+    share = math.ceil(len(matrices) / WORLD_SIZE)
+    padded = F.pad(matrices, (0, 0, 0, 0, 0, share * WORLD_SIZE - len(matrices)))
+    mine = polar_express(padded[RANK * share:(RANK + 1) * share], dtype).contiguous()
+    shares = [torch.empty_like(mine) for _ in range(WORLD_SIZE)]
+    dist.all_gather(shares, mine)
+    return torch.cat(shares)[:len(matrices)]
 
 
 # -------------------------------------------------------------------------------------------------- 4 model, optimizers
 
 class Objective(nn.Module):
-    """The training loss as one module, so that torch.compile and DDP both wrap a single forward."""
+    """The training loss as one module, so that torch.compile sees a single forward."""
 
     def __init__(self, model, config):
         super().__init__()
@@ -439,16 +400,16 @@ class Objective(nn.Module):
 
 
 def build_model(model_config, config):
-    """A freshly initialised model: drawn on the CPU, so that one seed gives the same weights on every device."""
+    """A model with initial weights: those of --init_from, or drawn on the CPU, so that a seed means the same anywhere."""
     torch.manual_seed(config.seed)
     model = ExoFormer(model_config)
-    if config.dtype == "pure_bfloat16":
-        for p in model.parameters():
-            p.data = p.data.bfloat16()
+    if config.init_from:
+        model.load_state_dict(load_checkpoint(config.init_from).state_dict())
+    if config.dtype == "pure_bfloat16":                    # as the released code: gains and lambdas stay float32
+        for module in model.modules():
+            if isinstance(module, (Linear, nn.Embedding)):
+                module.bfloat16()
     return model.to(config.device)
-
-
-ITERATION_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def build_optimizers(model, config):
@@ -464,263 +425,262 @@ def build_optimizers(model, config):
     for m in matrices:
         by_parts.setdefault(1 if config.muon_fused else m.parts, []).append(m.weight)
     groups = [dict(params=params, parts=parts) for parts, params in by_parts.items()]
+    dtype = torch.float32 if config.muon_dtype == "float32" else torch.bfloat16
     muon = Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay, beta2=config.muon_beta2 or None,
-                polar=functools.partial(TEAM.polar, dtype=ITERATION_DTYPES[config.muon_dtype]))
+                polar=functools.partial(shared_polar, dtype=dtype))
     return [muon, torch.optim.AdamW([dict(params=others)], weight_decay=0.0, **adamw)]
-
-
-def set_rates(optimizers, step, config):
-    """Put the learning rates and the momentum of `step` into the optimizers; returns the matrices' learning rate."""
-    for optimizer in optimizers:
-        is_muon = isinstance(optimizer, Muon)
-        for group in optimizer.param_groups:
-            group["lr"] = (config.muon_lr if is_muon else config.adamw_lr) * lr_multiplier(step, config)
-            if is_muon:
-                group["momentum"] = muon_momentum(step, config)
-    return optimizers[0].param_groups[0]["lr"]
 
 
 # ----------------------------------------------------------------------------------------------------- 5 the run folder
 
 class RunFolder:
-    """log.jsonl and ckpt_{step:06d}.pt of one run; held by a lock, so that two runs cannot write to one folder."""
+    """log.jsonl and ckpt_{step:06d}.pt of one run, for the first process alone; a lock keeps a second run out."""
 
     def __init__(self, path, resume):
         self.path, self.log_path = path, os.path.join(path, "log.jsonl")
-        try:
-            os.makedirs(path, exist_ok=True)
-            self.lock = open(os.path.join(path, "lock"), "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            remedy = "wait for it, or choose another --out_dir"
-            raise UserError(f"{path}: another run is writing there; {remedy}") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out_dir") from None
+        self.lock = locked(path)
+        for name in os.listdir(path):
+            if re.fullmatch(r"ckpt_\d+\.pt\.(part|tmp)", name):            # of a run that was killed while it saved
+                os.remove(os.path.join(path, name))
         if not resume and self.checkpoints():
             raise UserError(f"{path}: holds a run already; add --resume to continue it, or choose another --out_dir")
-        if not resume and os.path.exists(self.log_path):
-            raise UserError(f"{path}: holds the log of a run that saved no checkpoint; remove {self.log_path}, "
-                             "or choose another --out_dir")
 
     def checkpoints(self):
         """Paths of the checkpoints, newest first."""
-        names = sorted((name for name in os.listdir(self.path) if re.fullmatch(r"ckpt_\d{6,}\.pt", name)),
-                       key=lambda name: int(name[5:-3]), reverse=True)
-        return [os.path.join(self.path, name) for name in names]
-
-    def newest(self):
-        """The newest checkpoint that reads back whole; says which were skipped. UserError when there is none."""
-        for path in self.checkpoints():
-            try:
-                checkpoint = read_checkpoint(path)
-                if "train_config" in checkpoint:
-                    return path, checkpoint
-                say(f"skipped: {path} holds a model but not the state of a run")
-            except UserError as error:
-                say(f"skipped: {error}")
-        raise UserError(f"{self.path}: --resume found no whole checkpoint there; start anew in another --out_dir")
+        steps = sorted(int(name[5:-3]) for name in os.listdir(self.path) if re.fullmatch(r"ckpt_\d{6,}\.pt", name))
+        return [os.path.join(self.path, f"ckpt_{step:06d}.pt") for step in reversed(steps)]
 
     def open_log(self, size):
-        """Append to log.jsonl from byte `size` on, where the checkpoint to continue was written."""
+        """Append to log.jsonl from byte `size` on: what was logged after the checkpoint is cut off and logged again."""
         self.log = open(self.log_path, "a")
         self.log.truncate(min(size, os.path.getsize(self.log_path)))
 
-    def write(self, record):
-        """Append one object to log.jsonl. A full disk is said and survived: what is not out yet stays in the buffer."""
+    @contextlib.contextmanager
+    def survive(self, what):
+        """A full disk is said and survived: training goes on."""
         try:
+            yield
+        except (OSError, RuntimeError) as error:                           # torch.save makes a RuntimeError of it
+            print0(f"COULD NOT WRITE {what}: {str(error).splitlines()[0]}; training goes on, older files are intact")
+
+    def write(self, record):
+        """Append one object to log.jsonl; what a full disk refuses waits in the file's buffer."""
+        with self.survive(self.log_path):
             self.log.write(json.dumps(record) + "\n")
             self.log.flush()
-        except OSError as error:
-            say(f"COULD NOT WRITE {self.log_path}: {error.strerror}; training goes on, the lines wait")
 
-    def save(self, step, checkpoint, keep):
-        """Write ckpt_{step}.pt and drop all but the newest `keep`. A full disk is said and survived: True if saved."""
-        path = os.path.join(self.path, f"ckpt_{step:06d}.pt")
-        try:
+    def save(self, checkpoint, keep):
+        """Write ckpt_{step}.pt and drop all but the newest `keep`. True if it is there."""
+        path, saved = os.path.join(self.path, f"ckpt_{checkpoint['step']:06d}.pt"), False
+        with self.survive(path):
             os.fsync(self.log.fileno())
-            save_checkpoint(path, {**checkpoint, "log_size": os.path.getsize(self.log_path)})
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                os.remove(f"{path}.tmp")
-            say(f"COULD NOT SAVE {path}: {str(error).splitlines()[0]}; training goes on, older checkpoints are intact")
-            return False
-        checkpoints = self.checkpoints()                   # newer than this one: damaged, skipped on resuming
-        for old in checkpoints[checkpoints.index(path) + keep:]:
-            with contextlib.suppress(OSError):
+            save_checkpoint(path, {**checkpoint, "log_size": os.fstat(self.log.fileno()).st_size})
+            saved = True
+            checkpoints = self.checkpoints()               # newer than this one: damaged, skipped on resuming
+            for old in checkpoints[checkpoints.index(path) + keep:] if keep else []:
                 os.remove(old)
-        return True
-
-
-class NoFolder:
-    """What the processes after the first have instead of a RunFolder: nothing is written."""
-
-    def open_log(self, size):
-        pass
-
-    def write(self, record):
-        pass
-
-    def save(self, step, checkpoint, keep):
-        return True
+        return saved
 
 
 class Stop:
-    """SIGINT and SIGTERM ask the run to stop after the step; a second one ends the process at once.
+    """Why a run should end early: a signal, or data that could not be read. All processes hear of it in `agreed`.
 
-    Under torchrun a second signal is ignored: Ctrl-C reaches each process twice, and torchrun kills what will not end.
+    A second Ctrl-C or SIGTERM ends the process at once; under torchrun it is ignored, since Ctrl-C reaches each process
+    twice, and torchrun kills what will not end. SIGHUP (a closed terminal) may come twice and never ends it at once.
     """
 
     def __init__(self):
-        self.signal = 0                                                    # 0, or the number of the signal that came
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.signal, self.problem = 0, ""
+        for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & set(signal.Signals.__members__):    # Windows: two
+            signal.signal(signal.Signals[name], self.ask)
 
     def ask(self, number, frame):
+        """The signal handler."""
         self.signal = number
         for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_DFL if TEAM.size == 1 else signal.SIG_IGN)
-        once_more = b"; once more to end at once" if TEAM.size == 1 else b""
-        os.write(2, b"\nstopping after this step" + once_more + b"\n")
+            signal.signal(other, signal.SIG_DFL if WORLD_SIZE == 1 else signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step\n")
+
+    def read(self, function, *args):
+        """function(*args), or None where it raises a UserError, which is kept until all processes have agreed."""
+        try:
+            return function(*args)
+        except UserError as error:
+            self.problem = str(error)
+
+    def agreed(self, late=False):
+        """Why all processes stop now, as a few words; "" if they go on."""
+        flags = torch.tensor([self.signal, bool(self.problem), late])
+        self.signal, failed, late = all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        if failed:
+            self.problem = self.problem or "another process could not read its data"
+        return self.problem or (signal.Signals(self.signal).name if self.signal else "--max_minutes" if late else "")
+
+
+# ------------------------------------------------------------------------------------------------- 6 step and evaluation
+
+def set_backends(config):
+    """PyTorch's global switches."""
+    if config.deterministic == "true":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 class Diverged(Exception):
     """The loss or the gradient is not finite."""
 
 
-def git_revision():
-    """The commit of this code, or "unknown"."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
-
-
-# -------------------------------------------------------------------------------------------------- 6 steps and reports
-
-# Inductor keeps a value that 3 kernels read instead of computing it 3 times (its default is 4): so the gradient of a
-# rotated, normed, mixed query is made once. 1 % of the roofline of exo_dynamic on the fake H100 (README).
-COMPILE_OPTIONS = {"cuda": {"realize_reads_threshold": 3}, "mps": {}, "cpu": {}}
-
-
 class Trainer:
     """Everything a step needs, and the step."""
 
     def __init__(self, model_config, config):
+        set_backends(config)
         self.model_config, self.config = model_config, config
-        per_pass = config.batch_size * model_config.block_size
-        self.accumulation, rest = divmod(config.total_batch_size, per_pass * TEAM.size)
+        self.sequences = config.batch_size * WORLD_SIZE                    # of one forward pass on all processes
+        self.accumulation, rest = divmod(config.total_batch_size, self.sequences * model_config.block_size)
         if rest or not self.accumulation:
-            raise UserError(f"--total_batch_size={config.total_batch_size} is not a multiple of "
-                              f"--batch_size={config.batch_size} x --block_size={model_config.block_size} x "
-                              f"{TEAM.size} process(es) = {per_pass * TEAM.size}")
-        self.tokenizer, self.revision = get_tokenizer(model_config.tokenizer), git_revision()
+            raise UserError(f"--total_batch_size={config.total_batch_size} is not a multiple of --batch_size="
+                            f"{config.batch_size} x --block_size={model_config.block_size} x {WORLD_SIZE} process(es) = "
+                            f"{self.sequences * model_config.block_size}")
+        self.tokenizer = get_tokenizer(model_config.tokenizer)
         self.train, self.val = (Tokens(config.data, split, model_config) for split in ("train", "val"))
         self.model = build_model(model_config, config)
         self.optimizers = build_optimizers(self.model, config)
         self.objective = Objective(self.model, config)
         if config.compile == "true":
-            self.objective.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS[config.device])
-        self.parallel = TEAM.wrap(self.objective)
+            # a value that 3 kernels read is kept, not computed 3 times (default 4): 1 % of exo_dynamic's roofline
+            options = dict(realize_reads_threshold=3) if config.device == "cuda" else {}
+            self.objective.compile(fullgraph=True, dynamic=False, options=options)
         self.step, self.best_val = 0, math.inf
-        self.unreported = None                             # the record of a last step that was not evaluated nor logged
+        self.saved = self.evaluated = -1                                   # the last steps that were
 
-    def update(self):
-        """One optimizer step: (cross-entropy, z, gradient norm, learning rate of the matrices)."""
-        config = self.config
-        lr, sums = set_rates(self.optimizers, self.step, config), torch.zeros(2, device=config.device)
-        for micro in range(self.accumulation):
-            batch = self.batch(micro)
-            last = micro == self.accumulation - 1
-            with contextlib.nullcontext() if last else TEAM.without_sync(self.parallel):
-                loss, cross_entropy, z = self.parallel(*batch)
-                (loss / self.accumulation).backward()
-            sums += torch.stack((cross_entropy.detach(), z.detach())).float()
-        cross_entropy, z = (TEAM.total(sums) / (self.accumulation * TEAM.size)).tolist()
-        parameters = list(self.model.parameters())
+    def read_step(self):
+        """This process's windows of the step, (accumulation, B, T + 1); all processes together read what one would."""
+        first = self.step * self.accumulation * self.sequences + RANK * self.config.batch_size
+        return np.stack([self.train.shuffled(self.config.seed, first + i * self.sequences, self.config.batch_size)
+                         for i in range(self.accumulation)])
+
+    def update(self, windows):
+        """One optimizer step on the windows of `read_step`: its record for the log."""
+        config, parameters, rate = self.config, list(self.model.parameters()), lr_multiplier(self.step, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (config.muon_lr if isinstance(optimizer, Muon) else config.adamw_lr)
+                if isinstance(optimizer, Muon):
+                    group["momentum"] = muon_momentum(self.step, config)
+
+        sums, passes = torch.zeros(2, device=config.device), self.accumulation * WORLD_SIZE
+        for batch in windows:
+            loss, cross_entropy, z = self.objective(*to_batch(batch, self.tokenizer.eot, config))
+            (loss / passes).backward()
+            sums += torch.stack((cross_entropy.detach(), z.detach())).float() / passes
+        all_reduce_gradients(parameters)       # the compiled backward yields all gradients at its end: nothing to overlap
+        cross_entropy, z = all_reduce(sums).tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(cross_entropy + norm.item()):                  # looked at before a weight is touched
-            raise Diverged(self.diagnosis(cross_entropy, norm.item(), lr))
+            raise Diverged(self.diagnosis(cross_entropy, norm.item(), rate))
+
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return cross_entropy, z, norm.item(), lr
+        return dict(step=self.step, loss=cross_entropy, z=z, grad_norm=norm.item(),
+                    lr=self.optimizers[0].param_groups[0]["lr"], tokens=self.step * config.total_batch_size)
 
-    def batch(self, micro):
-        """This process's `micro`-th batch of the current step. All processes together read what one alone would."""
-        config = self.config
-        sequences = config.total_batch_size // self.model_config.block_size
-        first = self.step * sequences + (micro * TEAM.size + TEAM.rank) * config.batch_size
-        return to_batch(self.train.shuffled(config.seed, first, config.batch_size), self.tokenizer.eot, config)
-
-    def diagnosis(self, loss, norm, lr):
-        """One line on a step that is not finite: when, how fast, and which parameter is the first to blame."""
+    def diagnosis(self, loss, norm, rate):
+        """One line on a step that is not finite: when, how fast, and which tensor is the first to blame."""
         sick = [f"weight {n}" for n, p in self.model.named_parameters() if not p.isfinite().all()]
         sick += [f"gradient of {n}" for n, p in self.model.named_parameters() if not p.grad.isfinite().all()]
-        return (f"step {self.step + 1}: loss {loss}, gradient norm {norm}, lr {lr:.3g} (matrices), "
-                f"{self.config.adamw_lr * lr_multiplier(self.step, self.config):.3g} (others); not finite first: "
+        return (f"step {self.step + 1}: loss {loss}, gradient norm {norm}, learning rates {rate * self.config.muon_lr:.3g} "
+                f"(Muon), {rate * self.config.adamw_lr:.3g} (AdamW); not finite first: "
                 f"{sick[0] if sick else 'only the sum over all gradients'} (of {len(sick)})")
 
-    @functools.lru_cache(maxsize=2)
-    def validation(self, tokens):
-        """(number of windows, bytes of text per predicted token) of the first `tokens` validation tokens; 0: all."""
-        n = min(len(self.val), math.ceil(tokens / self.model_config.block_size)) if tokens else len(self.val)
-        n_bytes = sum(self.tokenizer.n_bytes(self.val.window(i)[1:]) for i in range(n))
-        return n, n_bytes / (n * self.model_config.block_size)
+    def evaluate(self, tokens, stop):
+        """Mean cross-entropy over the first `tokens` (0: all) of the validation split, as a log record; None if stopped.
 
-    def evaluate(self, tokens):
-        """Mean cross-entropy over non-overlapping validation windows, and what follows from it.
-
-        It runs the very graph that trains, gradients unused, so that a compiled run compiles once; the last batch is
-        filled up with windows whose targets do not count.
+        It runs the very graph that trains, so that a compiled run compiles once; a batch is filled up with windows whose
+        targets do not count, and a process that has no window left goes through the motions with the others.
         """
-        n, bytes_per_token = self.validation(tokens)
-        sums = torch.zeros(2, dtype=torch.float64)
-        for first in range(TEAM.rank * self.config.batch_size, n, TEAM.size * self.config.batch_size):
-            rows = range(first, min(first + self.config.batch_size, n))
-            windows = np.stack([self.val.window(i) for i in rows])
-            windows = np.pad(windows, ((0, self.config.batch_size - len(rows)), (0, 0)))
-            idx, targets, docs = to_batch(windows, self.tokenizer.eot, self.config)
-            targets[len(rows):] = -100
-            loss = self.objective(idx, targets, docs)[1].item()    # a tensor kept until the next pass keeps its graph
-            sums += torch.tensor([loss * len(rows), len(rows)], dtype=torch.float64)
-        total, count = TEAM.total(sums).tolist()
+        config, T = self.config, self.model_config.block_size
+        n = min(len(self.val), math.ceil(tokens / T)) if tokens else len(self.val)
+        sums, progress = torch.zeros(3, dtype=torch.float64), Progress("evaluating", n, "windows")
+        for first in range(0, n, self.sequences):
+            mine = range(first + RANK * config.batch_size, min(first + (RANK + 1) * config.batch_size, n))
+            windows = stop.read(lambda: [self.val.window(i) for i in mine])
+            if stop.agreed():
+                return None
+            if windows:
+                sums += self.evaluate_batch(np.stack(windows))
+            if RANK == 0:
+                progress.update(min(first + self.sequences, n))
+        progress.end()
+        total, count, n_bytes = all_reduce(sums).tolist()
         loss = total / count
-        return dict(val_loss=loss, val_ppl=math.exp(min(loss, 700.0)), val_bpb=loss / math.log(2) / bytes_per_token)
+        self.evaluated, self.best_val = self.step, min(self.best_val, loss)
+        return dict(step=self.step, tokens=self.step * config.total_batch_size, val_loss=loss,
+                    val_ppl=math.exp(min(loss, 700.0)), val_bpb=loss / math.log(2) * count * T / n_bytes)
+
+    def evaluate_batch(self, windows):
+        """(summed cross-entropy, number, bytes of text) of at most batch_size windows, float64; the first two a window."""
+        rows, n_bytes = len(windows), self.tokenizer.n_bytes(windows[:, 1:].ravel())
+        windows = np.pad(windows, ((0, self.config.batch_size - rows), (0, 0)))
+        idx, targets, docs = to_batch(windows, self.tokenizer.eot, self.config)
+        targets[rows:] = -100
+        loss = self.objective(idx, targets, docs)[1].item()        # a tensor kept until the next pass keeps its graph
+        return torch.tensor([loss * rows, rows, n_bytes], dtype=torch.float64)
 
     def state(self):
         """All of the run as tensors and plain values; load_state undoes it."""
         rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if self.config.device == "cuda" else None)
-        return dict(format=1, model_config=asdict(self.model_config), train_config=asdict(self.config), step=self.step,
-                    tokens=self.step * self.config.total_batch_size, best_val=self.best_val, rng=rng,
-                    shards=self.fingerprints(), git_revision=self.revision,
-                    torch_version=str(torch.__version__), model=self.model.state_dict(),
-                    optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        return dict(model_config=asdict(self.model_config), train_config=asdict(self.config), step=self.step,
+                    tokens=self.step * self.config.total_batch_size, evaluated=self.evaluated, best_val=self.best_val,
+                    rng=rng, shards=self.shards, git_revision=git_revision(), torch_version=str(torch.__version__),
+                    model=self.model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
-    def fingerprints(self):
-        """{split: names and lengths of its shards}."""
-        return dict(train=self.train.fingerprint(), val=self.val.fingerprint())
+    @functools.cached_property
+    def shards(self):
+        """What a resumed run must find again: {split: [[name, tokens, checksum] of each shard]}."""
+        return {split: fingerprint(self.config.data, split) for split in ("train", "val")}
 
     def load_state(self, checkpoint):
-        """Continue from what `state` returned. UserError where the shards are not the same."""
-        for split, new in self.fingerprints().items():
+        """Continue from what `state` returned. UserError where the data are not the same, KeyError, ValueError or
+        RuntimeError where the checkpoint is not of this structure."""
+        for split, new in self.shards.items():
             old = checkpoint["shards"][split]
-            if old != new:
-                raise UserError(f"--data={self.config.data}: the run began with {len(old)} {split} shards of "
-                                 f"{sum(n for _, n in old):,} tokens, but there are {len(new)} of "
-                                 f"{sum(n for _, n in new):,}; bring the old data back")
+            if [entry[:2] for entry in old] != [entry[:2] for entry in new] or any(
+                    entry[2:] not in ([], now[2:]) for entry, now in zip(old, new)):       # [] in an earlier version
+                raise UserError(f"--data={self.config.data}: the {split} shards are not those the run began with ("
+                                f"{len(old)} of {sum(entry[1] for entry in old):,} tokens then, {len(new)} of "
+                                f"{sum(entry[1] for entry in new):,} now, or other tokens); bring the old data back")
         self.model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+            for group in state["param_groups"]:
+                group.update({"fused": self.config.device == "cuda"} if "fused" in group else {})
+            kinds = {frozenset(entries) for entries in state["state"].values()}
+            parameters = sum(len(group["params"]) for group in state["param_groups"])
+            if checkpoint["step"] and (len(kinds) != 1 or len(state["state"]) != parameters):
+                raise ValueError(f"the state of {type(optimizer).__name__} is not complete")
             optimizer.load_state_dict(state)
         self.step, self.best_val = checkpoint["step"], checkpoint["best_val"]
-        self.unreported = checkpoint.get("unreported")
+        self.saved, self.evaluated = self.step, checkpoint.get("evaluated", self.step)
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if self.config.device == "cuda" and checkpoint["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
 
+
+@functools.cache
+def git_revision():
+    """The commit of this code, or "unknown"."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
+
+
+# -------------------------------------------------------------------------------------------------------------- 7 report
 
 PEAK_FLOPS = {  # dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; MFU is n/a for others
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
@@ -728,287 +688,189 @@ PEAK_FLOPS = {  # dense bfloat16 FLOP/s by a part of the device's name, from NVI
 }
 
 
-def peak_flops(device):
-    """Peak FLOP/s of this device for MFU, or None where it is not in the table."""
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d}:{int(seconds) % 60:02d}"
-
-
 def announce(trainer):
     """What is about to happen, before it does."""
-    config, model_config = trainer.config, trainer.model_config
-    tokens, epoch = config.max_steps * config.total_batch_size, len(trainer.train) * model_config.block_size
-    n, flops = count_parameters(trainer.model), flops_per_token(trainer.model, model_config.block_size)
-    say(f"model      {variant_name(model_config)}: {n:,} parameters, {model_config.n_layer} layers, "
-        f"C {model_config.n_embd}, {model_config.n_head} heads, context {model_config.block_size}, "
-        f"vocabulary {model_config.vocab_size}")
+    c, m = trainer.config, trainer.model_config
+    tokens, epoch = c.max_steps * c.total_batch_size, len(trainer.train) * m.block_size
+    print0(f"model      {variant_name(m)}: {count_parameters(trainer.model):,} parameters, {m.n_layer} layers, "
+           f"C {m.n_embd}, {m.n_head} heads, context {m.block_size}, vocabulary {m.vocab_size}")
+    kept = held = 0
     for optimizer in trainer.optimizers:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        say(f"{type(optimizer).__name__:10s} {len(params)} tensors, {sum(p.numel() for p in params):,} numbers")
-    say(f"data       {config.data}: {len(trainer.train.paths)} training shards, {sum(trainer.train.counts):,} tokens "
-        f"({model_config.tokenizer}), {len(trainer.train):,} windows; "
-        f"documents {'masked' if config.mask_documents else 'not masked'}")
-    again = f"; {tokens - epoch:,} tokens are seen again" if tokens > epoch else ""
-    say(f"budget     {config.max_steps:,} steps x {config.total_batch_size:,} = {tokens:,} tokens, "
-        f"{tokens / epoch:.2f} epochs{again}; {flops * tokens:.3g} FLOPs")
-    kept = sum(p.numel() * p.element_size() * (2 if isinstance(optimizer, Muon) else 3)   # weights and optimizer states
-               for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"])
-    held = kept + sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    say(f"memory     {held / 1e9:.2f} GB for weights, gradients and optimizer states, plus activations; "
-        f"a checkpoint has {kept / 1e9:.2f} GB")
-    how = "compiled" if config.compile == "true" else "eager"
-    say(f"device     {config.device} x {TEAM.size}, {config.dtype}, {how}, {config.batch_size} sequences x "
-        f"{trainer.accumulation} accumulations, {torch.get_num_threads()} threads")
-    say(f"run folder {config.out_dir}")
+        print0(f"{type(optimizer).__name__:10s} {len(params)} tensors, {sum(p.numel() for p in params):,} numbers")
+        size, copies = sum(p.numel() * p.element_size() for p in params), 2 if isinstance(optimizer, Muon) else 3
+        kept, held = kept + copies * size, held + (copies + 1) * size      # weights and moments; gradients on top
+    print0(f"memory     {held / 1e9:.2f} GB for weights, gradients and moments, plus activations; "
+           f"a checkpoint has {kept / 1e9:.2f} GB")
+    print0(f"data       {c.data}: {sum(trainer.train.counts):,} training tokens ({m.tokenizer}) in "
+           f"{len(trainer.train.paths)} shards; documents {'masked' if c.mask_documents else 'not masked'}")
+    print0(f"budget     {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / epoch:.2f} epochs, "
+           f"{flops_per_token(trainer.model, m.block_size) * tokens:.3g} FLOPs")
+    print0(f"device     {c.device} x {WORLD_SIZE}, {c.dtype} (Muon {c.muon_dtype}), {torch.get_num_threads()} threads, "
+           f"{c.batch_size} sequences x {trainer.accumulation} accumulations; run folder {c.out_dir}")
+    if c.compile == "true":
+        print0("compiling: the first evaluation starts when that is done, which can take some minutes")
 
 
-class Reporter:
-    """Turns measurements into a log record and, now and then, a printed line."""
-
-    def __init__(self, trainer):
-        self.trainer, self.config = trainer, trainer.config
-        self.began, self.first, self.recent = time.monotonic(), trainer.step, []
-        self.flops = flops_per_token(trainer.model, trainer.model_config.block_size) * self.config.total_batch_size
-        self.peak = peak_flops(self.config.device)
-
-    def record(self, loss, z, norm, lr, seconds):
-        """The log.jsonl object of a step."""
-        return dict(step=self.trainer.step, loss=loss, z=z, grad_norm=norm, lr=lr,
-                    tokens=self.trainer.step * self.config.total_batch_size, ms=round(seconds * 1000, 3))
-
-    def show(self, record):
-        """Print the step if it is its turn, or if its loss jumped above the recent ones."""
-        step, seconds = record["step"], record["ms"] / 1000
-        usual = float(np.median(self.recent)) if len(self.recent) == 20 else math.inf
-        if record["loss"] > 1.3 * usual:
-            say(f"LOSS SPIKE at step {step}: {record['loss']:.3f}, the last 20 steps had a median of {usual:.3f}")
-        self.recent = (self.recent + [record["loss"]])[-20:]
-        if step % self.config.log_every and step != self.config.max_steps:
-            return
-        rate = (time.monotonic() - self.began) / (step - self.first)
-        mfu = f"{self.flops / seconds / self.peak / TEAM.size:.1%}" if self.peak else "n/a"
-        say(f"step {step:6d}/{self.config.max_steps} | loss {record['loss']:.4f} | z {record['z']:7.2f} | "
-            f"norm {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['ms']:7.1f} ms | "
-            f"{self.config.total_batch_size / seconds:10,.0f} tok/s | MFU {mfu} | "
-            f"ETA {clock(rate * (self.config.max_steps - step))}")
+def progress_line(trainer, record, seconds_left):
+    """One line for a person from the log record of a step."""
+    config, seconds = trainer.config, record["ms"] / 1000
+    name = torch.cuda.get_device_name() if config.device == "cuda" else ""
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.inf)
+    rate = config.total_batch_size / seconds
+    mfu = rate * flops_per_token(trainer.model, trainer.model_config.block_size) / peak / WORLD_SIZE
+    return (f"step {record['step']:6d}/{config.max_steps} | loss {record['loss']:.4f} | z {record['z']:7.2f} | "
+            f"norm {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['ms']:7.1f} ms | {rate:10,.0f} tok/s | "
+            f"MFU {f'{mfu:.1%}' if mfu else 'n/a'} | ETA {clock(seconds_left)}")
 
 
 def sample(trainer):
     """Text that the model writes from the start of a document, with a generator of its own; "" where it cannot."""
-    tokenizer, config = trainer.tokenizer, trainer.config
-    if tokenizer.eot >= trainer.model_config.vocab_size or not config.sample_tokens:
+    config, eot = trainer.config, trainer.tokenizer.eot
+    if not config.sample_tokens or eot >= trainer.model_config.vocab_size:
         return ""
-    idx = torch.tensor([[tokenizer.eot]], device=config.device)
+    idx = torch.tensor([[eot]], device=config.device)
     with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        out = generate(trainer.model, idx, config.sample_tokens, temperature=0.8, top_k=50, stop_token=tokenizer.eot,
+        out = generate(trainer.model, idx, config.sample_tokens, temperature=0.8, top_k=50, stop_token=eot,
                        generator=torch.Generator(config.device).manual_seed(config.seed))
-    return tokenizer.decode([t for t in out[0, 1:].tolist() if t != tokenizer.eot])
+    return trainer.tokenizer.decode([t for t in out[0, 1:].tolist() if t != eot])
 
 
-def attention_weights(attn, proj, at):
-    """softmax(q k^T / sqrt(D)) under the causal mask, one (T, T) float32 for each head in turn, of a layer's attention
-    and the mixed projections {s: (1, T, H, D)} that it is about to attend with."""
-    q, k = at.rotate(attn.q_norm(proj["q"]))[0].transpose(0, 1), at.rotate(attn.k_norm(proj["k"]))[0].transpose(0, 1)
-    later = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
-    for q_head, k_head in zip(q, k):                                                                    # (T, D) each
-        with torch.autocast(q.device.type, enabled=False):
-            scores = q_head.float() @ k_head.float().T / math.sqrt(q.size(-1))
-        yield scores.masked_fill(later, -torch.inf).softmax(-1)
+# ---------------------------------------------------------------------------------------------------------------- 8 main
 
+def due(step, every):
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
 
-def median_ratio(mix, s):
-    """Median over channels of lambda_1 / lambda_2 of letter s in a layer's `mix`; None if it is not there, or is not
-    finite, for which JSON has no word."""
-    median = (mix[s].lambda_anchor / mix[s].lambda_current).float().quantile(0.5).item() if s in mix else math.nan
-    return median if math.isfinite(median) else None
-
-
-@torch.no_grad()
-def anchor_use(model, idx):
-    """What the layers do with one row, idx (1, T), for the log record: lists with a number for each layer.
-
-        attention_sink   attention to the first token, mean over heads and queries
-        gate_mean        mean of sigmoid(G); a model without the gate has no such key
-        lambda_ratio     {s: median over channels of lambda_1 / lambda_2}, None where a layer does not mix s
-
-    Hooks on the uncompiled model, for one forward pass: model.py knows nothing of it, nor does the graph that trains.
-    """
-    at, use = Causal(model.config, idx.size(1), idx.device), dict(attention_sink=[], gate_mean=[])
-
-    def see(attn, proj):
-        """A layer's mixed projections, {s: (1, T, H, D)}, on their way to its gate."""
-        sinks = [weights[:, 0].mean() for weights in attention_weights(attn, proj, at)]
-        use["attention_sink"].append(torch.stack(sinks).mean().item())
-        if "g" in proj:
-            use["gate_mean"].append(torch.sigmoid(proj["g"].float()).mean().item())
-
-    hooks = [layer.attn.gate.register_forward_pre_hook(lambda gate, args, attn=layer.attn: see(attn, args[1]))
-             for layer in model.layers]
-    model.trunk(idx)
-    for hook in hooks:
-        hook.remove()
-    use["lambda_ratio"] = {s: [median_ratio(layer.attn.mix, s) for layer in model.layers] for s in model.config.mix}
-    return {name: numbers for name, numbers in use.items() if numbers}
-
-
-def evaluation(trainer, tokens):
-    """Validation figures, printed and returned for the log record together with `anchor_use` on the first window."""
-    began, results = time.monotonic(), trainer.evaluate(tokens)
-    trainer.best_val = min(trainer.best_val, results["val_loss"])
-    say(f"step {trainer.step:6d} | validation loss {results['val_loss']:.4f}, perplexity {results['val_ppl']:.2f}, "
-        f"{results['val_bpb']:.4f} bits per byte ({time.monotonic() - began:.1f} s)")
-    idx, _, _ = to_batch(trainer.val.window(0)[None], trainer.tokenizer.eot, trainer.config)
-    with torch.autocast(trainer.config.device, torch.bfloat16, enabled=trainer.config.dtype == "bfloat16"):
-        return results | anchor_use(trainer.model, idx)
-
-
-def hellaswag(trainer, items):
-    """HellaSwag accuracies for the log record, on the uncompiled model, so that the training graph stays as it is."""
-    from eval_hellaswag import evaluate
-    dtype = torch.float32 if trainer.config.dtype == "float32" else torch.bfloat16
-    results = evaluate(trainer.model, items, dtype=dtype)
-    say(f"step {trainer.step:6d} | HellaSwag {json.dumps(results)}")
-    return dict(hellaswag=results)
-
-
-def hellaswag_items(config, model_config):
-    """The items to score, loaded before the first step, so that whatever is missing is missed early."""
-    if not config.hellaswag_every:
-        return None
-    if model_config.tokenizer != "gpt2":
-        raise UserError(f"--hellaswag_every={config.hellaswag_every} needs GPT-2 tokens, "
-                          f"but --data={config.data} holds {model_config.tokenizer}")
-    from eval_hellaswag import load_items
-    return load_items()
-
-
-# ----------------------------------------------------------------------------------------------------------- 7 the loop
 
 def run(trainer, folder, stop):
-    """Train to the end, or to a signal, or to the wall-clock limit. Returns the signal that stopped it, or 0."""
-    config = trainer.config
-    items = hellaswag_items(config, trainer.model_config) if TEAM.rank == 0 else None      # the others wait for it
-    reporter, began = Reporter(trainer), time.monotonic()
-    if trainer.step == 0:
-        folder.write(dict(step=0, tokens=0, **evaluation(trainer, config.eval_tokens)))
-    record = trainer.unreported
-    while record or trainer.step < config.max_steps:
-        if record is None:
-            step_began = time.monotonic()
-            measured = trainer.update()
-            record = reporter.record(*measured, time.monotonic() - step_began)
-            reporter.show(record)
-            if trainer.step == config.max_steps:           # the last evaluation is long: a kill there must cost no step
-                folder.save(trainer.step, {**trainer.state(), "unreported": record}, config.keep)
-        step, finished = trainer.step, trainer.step == config.max_steps
-        if finished or (config.eval_every and step % config.eval_every == 0):
-            record |= evaluation(trainer, config.final_eval_tokens if finished else config.eval_tokens)
-        if items and (finished or step % config.hellaswag_every == 0):
-            record |= hellaswag(trainer, items)
+    """Train to the last step. Returns why it stopped earlier, or "" at the end."""
+    config, first, began = trainer.config, trainer.step, time.monotonic()
+    while True:
+        step, last = trainer.step, trainer.step == config.max_steps
+        windows = None if last else stop.read(trainer.read_step)
+        stopped = stop.agreed(late=step > first and 0 < config.max_minutes <= (time.monotonic() - began) / 60)
+
+        # save before evaluating: the last evaluation may read 100M tokens, and a kill in it shall cost no step
+        if trainer.saved < step and (stopped or last or trainer.saved < 0 or due(step, config.save_every)):
+            save(trainer, folder, needed=stopped or last)
+        if stopped:
+            return stopped
+
+        # a resumed run comes by here again with the step it stopped at, hence `evaluated`
+        if trainer.evaluated < step and (last or step == 0 or due(step, config.eval_every)):
+            record = trainer.evaluate(config.final_eval_tokens if last else config.eval_tokens, stop)
+            if record is None:
+                continue                                                   # stopped: leave by the top
+            write(folder, record)
+            print0(f"step {step:6d} | validation loss {record['val_loss']:.4f}, perplexity {record['val_ppl']:.2f}, "
+                   f"{record['val_bpb']:.4f} bits per byte")
+        if last:
+            save(trainer, folder, needed=True)                             # evaluated, so that it is not done twice
+            return ""
+
+        step_began = time.monotonic()
+        record = trainer.update(windows)
+        record["ms"] = round(1000 * (time.monotonic() - step_began), 3)
+        write(folder, record)
+        if due(trainer.step, config.log_every) or trainer.step == config.max_steps:
+            each = (time.monotonic() - began) / (trainer.step - first)
+            print0(progress_line(trainer, record, each * (config.max_steps - trainer.step)))
+
+
+def write(folder, record):
+    """A line of log.jsonl, by the first process."""
+    if RANK == 0:
         folder.write(record)
-        record = None
-        minutes = (time.monotonic() - began) / 60
-        asked = torch.tensor([stop.signal, int(0 < config.max_minutes <= minutes)])
-        signal_number, out_of_time = TEAM.largest(asked).tolist()         # a signal may reach one process only
-        leaving = finished or signal_number or out_of_time
-        if leaving or (config.save_every and step % config.save_every == 0):
-            saved = TEAM.agree(folder.save(step, trainer.state(), config.keep))    # nobody leaves while the first saves
-        if leaving and not saved:
-            raise UserError(f"{config.out_dir}: the run ended at step {step} without a checkpoint of it")
-        if leaving:
-            return 0 if finished else signal_number
-    return 0
 
 
-def conclude(trainer, signal_number):
-    """The last lines of a run: what came out and which command comes next."""
-    config = trainer.config
-    checkpoint = f"{config.out_dir}/ckpt_{trainer.step:06d}.pt"
-    if trainer.step < config.max_steps:
-        reason = signal.Signals(signal_number).name if signal_number else f"--max_minutes={config.max_minutes:g}"
-        start = "python" if TEAM.size == 1 else f"torchrun --nproc_per_node={TEAM.size}"
-        say(f"stopped by {reason} after step {trainer.step}, saved. Continue with:\n"
-            f"  {start} train.py --resume --out_dir={config.out_dir}")
-        return
-    say(f"sample:\n{sample(trainer)}\n")
-    prompt = "def " if trainer.model_config.tokenizer == "bytes" else "Once upon a time"
-    say(f"done: {trainer.step} steps, best validation loss {trainer.best_val:.4f}. Next:\n"
-        f"  python model.py --ckpt={checkpoint} --prompt=\"{prompt}\"\n"
-        f"  python train.py --resume --out_dir={config.out_dir} --max_steps={2 * config.max_steps}")
-    if trainer.model_config.tokenizer == "gpt2":
-        say(f"  python eval_hellaswag.py --ckpt={checkpoint}")
+def save(trainer, folder, needed):
+    """A checkpoint, written by the first process; UserError where it is `needed` and could not be written."""
+    if broadcast(RANK > 0 or folder.save(trainer.state(), trainer.config.keep)):
+        trainer.saved = trainer.step
+    elif needed:
+        raise UserError(f"{trainer.config.out_dir}: the run ended at step {trainer.step} without a checkpoint of it")
 
 
 def prepare(argv):
-    """(Trainer, RunFolder) from the command line, at step 0 or where the run in the folder stopped."""
-    global TEAM
+    """(Trainer, RunFolder or None) from the command line, at step 0 or where the run in the folder stopped."""
     variant, preset, given = parse_flags(argv)
-    TEAM = Team() if "RANK" in os.environ else Alone()                      # torchrun sets RANK
-    begin = resume if given.get("resume") else begin_anew
-    model_config, config, folder, checkpoint = begin(variant, preset, given)
-    TEAM.use(config.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)            # its masked backward has given NaN (pytorch issue 196678)
-    if config.deterministic == "true":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    trainer = Trainer(model_config, config)
-    if checkpoint:
-        trainer.load_state(checkpoint)
-    folder.open_log(checkpoint["log_size"] if checkpoint else 0)
+    given["out_dir"] = given.get("out_dir") or f"out/{preset or default_preset()}-{variant or 'exo_dynamic'}"
+    resuming = given.get("resume", False)
+    if resuming and not os.path.isdir(given["out_dir"]):
+        raise UserError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
+    if WORLD_SIZE > 1:
+        init_processes(choose_device(given.get("device", "auto")))
+    settings = None if resuming else fresh_settings(variant, preset, given)        # wrong flags leave no folder behind
+    folder = RunFolder(given["out_dir"], resuming) if RANK == 0 else None
+    candidates = broadcast(folder and folder.checkpoints())
+    if candidates:
+        trainer, log_size = continue_newest(candidates, variant, given)
+    else:
+        trainer, log_size = Trainer(*(settings or fresh_settings(variant, preset, given))), 0
+        if resuming:
+            print0(f"{given['out_dir']} holds no checkpoint: starting at step 0 with the flags given")
+    if RANK == 0:
+        folder.open_log(log_size)
     announce(trainer)
     return trainer, folder
 
 
-def begin_anew(variant, preset, given):
-    """(ModelConfig, TrainConfig, RunFolder, no checkpoint) of a new run."""
-    model_config, config = fresh_settings(variant, preset, given)
-    return model_config, config, RunFolder(config.out_dir, resume=False) if TEAM.rank == 0 else NoFolder(), None
+def continue_newest(paths, variant, given):
+    """(Trainer, bytes of its log) from the first of these checkpoints that is whole; says which were skipped."""
+    for path in paths:
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            print0(f"skipped: {error}")
+            continue
+        try:
+            trainer = Trainer(*resumed_settings(variant, given, path, checkpoint))
+            trainer.load_state(checkpoint)
+            print0(f"continuing {path} after step {trainer.step}")
+            return trainer, checkpoint["log_size"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError) or "memory" in str(error):
+                raise
+            print0(f"skipped: {path} is not the whole state of a run ({type(error).__name__}: {str(error).strip()[-80:]})")
+    raise UserError(f"{given['out_dir']}: --resume found no whole checkpoint there; start anew in another --out_dir")
 
 
-def resume(variant, preset, given):
-    """(ModelConfig, TrainConfig, RunFolder, checkpoint) of the run in --out_dir; the first process picks the last."""
-    given["out_dir"] = given.get("out_dir") or f"out/{preset or default_preset()}-{variant or 'exo_dynamic'}"
-    if not os.path.isdir(given["out_dir"]):
-        raise UserError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
-    folder, path, checkpoint = NoFolder(), None, None
-    if TEAM.rank == 0:
-        folder = RunFolder(given["out_dir"], resume=True)
-        path, checkpoint = folder.newest()
-    path = TEAM.agree(path)
-    checkpoint = checkpoint or read_checkpoint(path)
-    say(f"continuing {path} after step {checkpoint['step']}")
-    return *resumed_settings(variant, given, checkpoint), folder, checkpoint
+def conclude(trainer, stopped, problem):
+    """The last lines of a run: what came out and which command comes next."""
+    out_dir, max_steps = trainer.config.out_dir, trainer.config.max_steps
+    start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
+    again = f"{start} train.py --resume --out_dir={out_dir}"
+    if problem:
+        raise UserError(f"{problem}; the run is saved after step {trainer.step}: mend the data, then {again}")
+    if stopped:
+        print0(f"stopped by {stopped} after step {trainer.step}, saved. Continue with:\n  {again}")
+        return
+    checkpoint, gpt2 = f"{out_dir}/ckpt_{trainer.step:06d}.pt", trainer.model_config.tokenizer == "gpt2"
+    if text := sample(trainer):
+        print0(f"sample:\n{text}\n")
+    print0(f"done: {trainer.step} steps, best validation loss {trainer.best_val:.4f}. Next:\n"
+           f"  python model.py --ckpt={checkpoint} --prompt=\"{'Once upon a time' if gpt2 else 'def '}\"\n"
+           f"  {again} --max_steps={2 * max_steps}")
+    if gpt2:
+        print0(f"  python eval_hellaswag.py --ckpt={checkpoint}")
 
 
 def main():
     """The command line. Exit codes: 1 bad input, 2 bad usage, 3 diverged, 128 + n stopped by signal n."""
+    trainer, folder = prepare(sys.argv[1:])
+    stop = Stop()
     try:
-        trainer, folder = prepare(sys.argv[1:])
-        stop = Stop()
-        signal_number = run(trainer, folder, stop)
-        conclude(trainer, signal_number)
-        TEAM.close()
-    except UserError as error:
-        sys.exit(f"train.py: {error}")
+        stopped = run(trainer, folder, stop)
     except Diverged as error:
-        say(f"train.py: not finite at {error}. Nothing was saved from it: lower the learning rates, and --resume from "
-            "the last checkpoint, or start anew if there is none")
-        sys.exit(3)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise                                          # the second is what a CPU's RuntimeError says
-        sys.exit("train.py: out of memory; lower --batch_size (the step stays the same, in more passes), "
-                 "then --block_size or --n_embd")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    sys.exit(128 + signal_number if signal_number else 0)
+        print0(f"train.py: not finite at {error}. Nothing was saved from it: lower the learning rates, and --resume from "
+               "the last checkpoint, or start anew in another --out_dir")
+        return 3
+    conclude(trainer, stopped, stop.problem)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    return 128 + stop.signal if stopped and stop.signal else 0
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, memory="lower --batch_size (the step stays the same, in more passes), --block_size or --n_embd")
