@@ -1,104 +1,72 @@
 """
-HellaSwag: four endings of a short story, of which a language model should find the true one the likeliest.
+HellaSwag: which of four endings of a short story does a language model find the likeliest?
 
-    python eval_hellaswag.py --ckpt=PATH                          # 0-shot, as lm-evaluation-harness renders it
-    python eval_hellaswag.py --ckpt=PATH --shots=5 --out=exo.jsonl
-    python eval_hellaswag.py --compare base.jsonl exo.jsonl       # is the difference more than chance?
+    python eval_hellaswag.py --ckpt=PATH                             0-shot, rendered as in lm-evaluation-harness
+    python eval_hellaswag.py --ckpt=PATH --shots=5 --out=exo.jsonl   with five solved examples, as in the paper
 
-Every number of this benchmark follows a convention: how an item becomes text, and what the summed log-probability of an
-ending is divided by before the largest is taken. One scoring pass gives all three quotients.
+Two results can be compared only if they follow the same convention: how an item becomes text, and by what the summed
+log-probability of an ending is divided before the largest is taken. One pass over the items gives all three quotients.
 
     --style    text                                                               the number usually quoted
     lmeval     "activity: ctx_a Ctx_b", WikiHow's [title] marks cleaned away      acc, acc_norm (characters)
     nanogpt    the raw `ctx` (build-nanogpt, llm.c, modded-nanogpt)               acc_norm (tokens)
 
-How it is made fast. The four endings share their context, so its first tokens run once and leave their keys and values
-in a cache, of which each ending gets a copy; only the scored positions are multiplied with the head; and items of
-similar length run together, padded on the right, where under a causal mask no scored token can see the padding.
+Three things make it fast. The four endings of an item share its context, so the first tokens of the context run once
+and their keys and values are copied for each ending. Only the scored positions are multiplied with the head. Items of
+similar length run together, padded on the right: attention is causal, so no scored token can see the padding.
 """
 import argparse
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
-import sys
-import time
 import zlib
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from model import KVCache, choose_device, load_checkpoint
-from prepare_fineweb import UserError, atomic_write, get_tokenizer
+from model import KVCache, choose_device, compute_dtype, load_checkpoint
+from prepare_fineweb import Progress, UserError, atomic_write, command_line, download, get_tokenizer, say
 
 # --------------------------------------------------------------------------------------------------------------- 1 data
 
-
-
 COMMIT = "a29ff8e9a04bba4bd6588223785ce105328adc57"
 URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/{COMMIT}/data/hellaswag_{{}}.jsonl"
-OFFICIAL = {  # split: sha256; val's is that of git blob 0f5ee25d of that commit, train's is TensorFlow Datasets'
-    "val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-    "train": "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d",
+SHA256 = {
+    "val": "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",      # git blob 0f5ee25d of that commit
+    "train": "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d",    # as in TensorFlow Datasets
 }
 
 
-def is_official(data, split):
-    """Whether these bytes are the published file of the split, all of it."""
-    return hashlib.sha256(data).hexdigest() == OFFICIAL[split]
-
-
-def fetch(split, folder):
-    """Path of the official file of a split, downloaded into `folder` if it is not there yet.
-
-    It gets its name only after its checksum was right, so that half a download is never scored.
-    """
-    path = os.path.join(folder, f"hellaswag_{split}.jsonl")
-    if not os.path.exists(path):
-        data = download(URL.format(split))
-        if not is_official(data, split):
-            raise UserError(f"{URL.format(split)} sent {len(data)} bytes that are not the official file; try again")
-        os.makedirs(folder, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(data)
-    return path
-
-
-def download(url):
-    """The body behind a URL, as bytes."""
-    import requests
-    print(f"downloading {url}", flush=True)
-    try:
-        reply = requests.get(url, timeout=60)
-        reply.raise_for_status()
-        return reply.content
-    except requests.RequestException as error:
-        raise UserError(f"cannot download {url} ({type(error).__name__}); fetch it yourself and name it by "
-                         "--data (validation) or --train") from None
+def read_split(split, path=""):
+    """Rows of the file `path` or, where it is "", of the official file of the split "val" or "train", which is
+    downloaded into data/hellaswag if it is not there. UserError where it cannot be had or is not what was published."""
+    name, url = path or f"data/hellaswag/hellaswag_{split}.jsonl", URL.format(split)
+    if not path and not os.path.exists(name):
+        try:
+            download(url, name, sha256=SHA256[split], tries=3)
+        except UserError as error:
+            raise UserError(f"{error}; without a connection, save {url} as {name} yourself") from None
+    data = read_bytes(name)
+    official = hashlib.sha256(data).hexdigest() == SHA256[split]
+    if not path and not official:
+        raise UserError(f"{name} is not the official file; remove it and run again")
+    say(f"{name}: {'the official' if official else 'not the official'} {split} file")
+    return parse_rows(data, name)
 
 
 def read_bytes(path):
-    """The contents of a file, unpacked if it ends in .gz."""
+    """The contents of a file, unpacked if its name ends in .gz."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             return file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-
-
-def read_split(split, path, folder):
-    """Rows of the user's file `path`, or of the official one if it is ""; prints which. A damaged official one
-    is refused."""
-    name = path or fetch(split, folder)
-    data = read_bytes(name)
-    official = is_official(data, split)
-    if not path and not official:
-        raise UserError(f"{name} is not the official file any more; remove it and run again")
-    print(f"{name}: {'the official' if official else 'not the official'} {split} file")
-    return parse_rows(data, name)
 
 
 def parse_rows(data, path):
@@ -113,74 +81,69 @@ def parse_row(line, place):
     """One line of a HellaSwag file -> dict."""
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not valid JSON ({error}); is the file cut off?") from None
-    if problem := row_problem(row):
-        raise UserError(f"{place}: {problem}")
-    return {**row, "label": int(row["label"])}
-
-
-def row_problem(row):
-    """What keeps this JSON value from being a HellaSwag item, or None."""
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    for field in ("ctx", "ctx_a", "ctx_b", "activity_label"):
-        if not isinstance(row.get(field), str):
-            return f"{field!r} is missing or not a string"
-    endings = row.get("endings")
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(ending, str) for ending in endings):
-        return f"'endings' must be four strings, not {str(endings)[:60]}"
-    if str(row.get("label")) not in ("0", "1", "2", "3"):
-        return f"'label' must be 0, 1, 2 or 3, not {row.get('label')!r} (the test split has none)"
+        texts = [row["ctx"], row["ctx_a"], row["ctx_b"], row["activity_label"]] + row["endings"]
+        if [type(text) for text in texts] != 8 * [str]:
+            raise TypeError("ctx, ctx_a, ctx_b, activity_label and four endings must be texts")
+        if str(row["label"]) not in ("0", "1", "2", "3"):
+            raise ValueError(f"label must be 0, 1, 2 or 3, not {row['label']!r} (the test split has none)")
+        return {**row, "label": int(row["label"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{place}: not a HellaSwag item ({type(error).__name__}: {error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- 2 rendering
 
 @dataclass(frozen=True)
 class Item:
-    """One question in tokens. A row the model sees is context + one of the endings; the ending is scored."""
+    """One question in tokens. The model reads the context and one of the endings; the ending is scored."""
     index: int                     # place in the file, from 0
     label: int                     # the true ending, 0 to 3
     context: list[int]
     endings: list[list[int]]       # four
     characters: list[int]          # of the four endings, without the space that joins them to the context
 
+    @property
+    def length(self):
+        """Tokens that the model reads for the longest ending, whose last token predicts nothing."""
+        return len(self.context) + max(map(len, self.endings)) - 1
+
 
 def clean(text):
-    """lm-eval's removal of WikiHow's marks; the order of the steps matters, and "  " is halved once only."""
+    """Remove WikiHow's marks as lm-eval does. The order of the steps matters; "  " is replaced once only."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def render_lmeval(row):
-    """(context, four endings) as text, in lm-evaluation-harness's way."""
+    """(context, four endings) as text, as in lm-evaluation-harness."""
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return clean(context), [clean(ending) for ending in row["endings"]]
 
 
-def render_nanogpt(row):
-    """(context, four endings) as text, in build-nanogpt's way: as the file has them."""
-    return row["ctx"], row["endings"]
+def lmeval_tokens(row, encode, examples=""):
+    """(context tokens, tokens of the four endings, their texts) as in lm-evaluation-harness.
+
+    An ending's tokens are those of context + ending after the context's, so spaces at the end of the context belong to
+    the ending. Examples in front do not change them, because no GPT-2 token spans the line break after an example.
+    """
+    context, endings = render_lmeval(row)
+    stem = encode(context.rstrip())
+    tokens = [encode(f"{context} {ending}")[len(stem):] for ending in endings]
+    return encode(examples + context.rstrip()), tokens, endings
 
 
-def encode_jointly(tokenizer, context, endings):
-    """lm-eval: an ending's tokens are what context + ending has beyond the context; spaces between are the ending's."""
-    stem = tokenizer.encode(context.rstrip())
-    return stem, [tokenizer.encode(f"{context} {ending}")[len(stem):] for ending in endings]
+def nanogpt_tokens(row, encode, examples=""):
+    """As lmeval_tokens, in build-nanogpt's way: the texts unchanged, context and ending encoded each by itself."""
+    return encode(examples + row["ctx"]), [encode(f" {ending}") for ending in row["endings"]], row["endings"]
 
 
-def encode_apart(tokenizer, context, endings):
-    """build-nanogpt: context and ending are encoded each by itself."""
-    return tokenizer.encode(context), [tokenizer.encode(f" {ending}") for ending in endings]
-
-
-STYLES = {"lmeval": (render_lmeval, encode_jointly), "nanogpt": (render_nanogpt, encode_apart)}
+STYLES = {"lmeval": lmeval_tokens, "nanogpt": nanogpt_tokens}
 
 
 def draw_examples(train_rows, rows, shots, seed=1234):
     """For each row the text of `shots` solved training rows, drawn as lm-eval draws them.
 
-    One generator serves the whole task and moves on once per row, so a row's examples depend on its place alone. One
-    more is drawn than is needed: the row itself is left out if it is among them, else the last.
+    One generator serves the whole task and advances once per row, so a row's examples depend on its place alone.
+    shots + 1 are drawn; the row itself is left out if it is among them, otherwise the last one.
     """
     if shots >= len(train_rows):
         raise UserError(f"{shots} examples cannot be drawn from {len(train_rows)} training items")
@@ -196,158 +159,124 @@ def solved_example(row):
 
 
 def make_items(rows, style="lmeval", examples=None):
-    """Rows of a HellaSwag file -> list of Item. `examples` holds one text per row, put in front of its context.
-
-    An ending's tokens depend on the item's own text alone: no GPT-2 token spans the line break before it.
-    """
-    render, encode = STYLES[style]
-    tokenizer = get_tokenizer("gpt2")
-    items = []
-    for index, row in enumerate(rows):
-        context, endings = render(row)
-        stem, tokens = encode(tokenizer, context, endings)
-        if examples:
-            stem = tokenizer.encode(examples[index] + context.rstrip())
-        items.append(Item(index, row["label"], stem or [tokenizer.eot], tokens, [max(1, len(e)) for e in endings]))
+    """Rows of a HellaSwag file -> list of Item. `examples` holds a text for each row, put in front of its context."""
+    tokenizer, items = get_tokenizer("gpt2"), []
+    for row, before in zip(rows, examples or [""] * len(rows)):
+        context, endings, texts = STYLES[style](row, tokenizer.encode, before)
+        characters = [max(1, len(text)) for text in texts]
+        items.append(Item(len(items), row["label"], context or [tokenizer.eot], endings, characters))
     return items
 
 
-def load_items(data="", shots=0, style="lmeval", limit=None, train="", folder="data/hellaswag"):
-    """Items ready to be scored, from a file or, with data="", from the official one, which is downloaded once.
-
-    shots > 0 puts solved examples of the `train` file (or the official one) in front of each context.
-    """
-    rows = read_split("val", data, folder)[:limit]
-    examples = draw_examples(read_split("train", train, folder), rows, shots) if shots else None
+def load_items(data="", shots=0, style="lmeval", limit=None, train=""):
+    """The first `limit` items of the file `data`, ready for `score`, with `shots` solved examples of the file `train`
+    in front of each. For a file that is "" the official one is taken, which is downloaded."""
+    rows = read_split("val", data)[:limit]
+    examples = draw_examples(read_split("train", train), rows, shots) if shots else None
     return make_items(rows, style, examples)
 
 
 # ------------------------------------------------------------------------------------------------------------ 3 scoring
 
-GRID = 8                           # shared prefixes are multiples of this many tokens, so that many are equally long
-HEAD_ROWS = 128                    # scored positions multiplied with the head at once: 26 MB of logits, few enough that
-                                   # malloc keeps them; fresh pages for larger ones cost as much as a small model's work
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Items whose rows run together: the first `prefix` tokens once per item, then `width` tokens for each ending."""
-    prefix: int
-    width: int
-    items: list[Item]
-
-    def cost(self, extra=0):
-        """Positions its rows would have without sharing, with `extra` items more; what memory is reckoned by."""
-        return 4 * (len(self.items) + extra) * (self.prefix + self.width)
+GRID = 8              # shared prefixes are multiples of this many tokens, so that many items have equally long ones
+HEAD_ROWS = 128       # scored positions multiplied with the head at once: 26 MB of logits
 
 
 def shape_of(item, block_size):
-    """(prefix, width) of an item. Its last context token is never in the prefix: its output predicts the ending.
+    """(prefix, length): how many tokens the item's four rows share in its batch, and the length of its longest row.
 
-    Where the longest row does not fit into block_size, each row loses tokens on its left, as in lm-eval, a different
-    number each; such an item shares nothing.
+    The last context token is never shared, because its output predicts the ending. Rows longer than block_size lose
+    tokens on the left, as in lm-eval; they begin at different tokens then and share nothing.
     """
     longest = max(map(len, item.endings))
     if longest > block_size:
         raise UserError(f"item {item.index}: an ending of {longest} tokens does not fit into block_size={block_size}")
-    length = len(item.context) + longest - 1                 # the last token of an ending predicts nothing
-    prefix = (len(item.context) - 1) // GRID * GRID if length <= block_size else 0
-    return prefix, min(block_size, length) - prefix
+    prefix = (len(item.context) - 1) // GRID * GRID if item.length <= block_size else 0
+    return prefix, min(block_size, item.length)
 
 
 def plan(items, block_size, batch_tokens):
-    """Batches of items of equal prefix and similar width, the costliest first, so that too large ones fail at once."""
-    shaped = sorted(((*shape_of(item, block_size), item) for item in items), key=lambda shape: shape[:2], reverse=True)
+    """Batches (prefix, length, items) of items with equal prefixes and similar lengths, at most `length`.
+
+    A batch has room for batch_tokens tokens, where a shared prefix counts four times; one item always fits.
+    """
+    shaped = sorted(((*shape_of(item, block_size), item) for item in items), key=lambda s: s[:2], reverse=True)
     batches = []
-    for prefix, width, item in shaped:
-        if not batches or batches[-1].prefix != prefix or batches[-1].cost(extra=1) > batch_tokens:
-            batches.append(Batch(prefix, width, []))
-        batches[-1].items.append(item)
+    for prefix, group in itertools.groupby(shaped, key=lambda s: s[0]):
+        group = list(group)
+        while group:
+            length = group[0][1]
+            room = max(1, batch_tokens // (4 * length))
+            batches.append((prefix, length, [item for _, _, item in group[:room]]))
+            group = group[room:]
     return batches
 
 
-def tail_rows(batch, block_size):
-    """What follows the prefix: token rows (4 * items, width) padded on the right, and for each row (start, ending):
-    the output at position start + i predicts token i of that ending."""
-    idx = torch.zeros(4 * len(batch.items), batch.width, dtype=torch.long)
-    spans = []
-    for item in batch.items:
-        for ending in item.endings:
-            row = (item.context + ending)[-(block_size + 1):][:-1][batch.prefix:]
-            idx[len(spans), :len(row)] = torch.tensor(row)
-            spans.append((len(row) - len(ending), ending))
-    return idx, spans
-
-
-def score_batch(model, batch, device, dtype):
-    """Summed log-probabilities (items, 4) of the endings, float64 on the CPU."""
-    idx, spans = tail_rows(batch, model.config.block_size)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        hidden = model.trunk(idx.to(device), cache=prefix_cache(model, batch, device, dtype))
-    picked = torch.cat([hidden[row, start:start + len(ending)] for row, (start, ending) in enumerate(spans)])
-    targets = torch.tensor([token for _, ending in spans for token in ending], device=device)
-    log_probs = token_log_probs(model, picked, targets).cpu().double()
-    return torch.stack([part.sum() for part in log_probs.split([len(ending) for _, ending in spans])]).view(-1, 4)
-
-
-def prefix_cache(model, batch, device, dtype):
-    """Keys and values of the contexts' first tokens, one row for each ending; None if the batch shares no prefix."""
-    if batch.prefix == 0:
-        return None
-    dtype = model.head.weight.dtype if dtype == torch.float32 else dtype
-    cache = KVCache(model.config, len(batch.items), batch.prefix + batch.width, device, dtype)
-    model.trunk(torch.tensor([item.context[:batch.prefix] for item in batch.items], device=device), cache=cache)
+def prefix_cache(model, prefixes, length):
+    """A KVCache of `length` tokens that has read the prefixes (items, tokens), each repeated for four endings."""
+    device = model.head.weight.device
+    dtype = compute_dtype(device) or model.head.weight.dtype
+    cache = KVCache(model.config, len(prefixes), length, device, dtype)
+    model.trunk(torch.tensor(prefixes, device=device), cache=cache)
     return cache.repeat(4)
 
 
+def score_batch(model, prefix, length, items, dtype):
+    """Summed log-probabilities (items, 4) of the endings, float64 on the CPU."""
+    device, block_size = model.head.weight.device, model.config.block_size
+    endings = [ending for item in items for ending in item.endings]
+    rows = [(item.context + ending)[:-1][-block_size:][prefix:] for item in items for ending in item.endings]
+    idx = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        cache = prefix_cache(model, [item.context[:prefix] for item in items], length) if prefix else None
+        hidden = model.trunk(idx, cache=cache)
+    # the last len(ending) outputs of a row predict the tokens of its ending
+    scored = torch.cat([h[len(row) - len(ending):len(row)] for h, row, ending in zip(hidden, rows, endings)])
+    log_probs = token_log_probs(model, scored, torch.tensor(sum(endings, []), device=device)).cpu().double()
+    return torch.stack([part.sum() for part in log_probs.split([len(ending) for ending in endings])]).view(-1, 4)
+
+
 def token_log_probs(model, hidden, targets):
-    """log p(target) for hidden states (N, C) and targets (N,), in float32, a slice of positions at a time."""
+    """log p(target) for hidden states (N, C) and targets (N,), in float32, HEAD_ROWS positions at a time."""
     parts = []
-    for h, t in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
-        logits = model.logits(h.to(model.head.weight.dtype)).float()
-        parts.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(-1))
+    with torch.autocast(hidden.device.type, enabled=False):                    # whatever the caller runs under
+        for h, t in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
+            logits = model.logits(h.to(model.head.weight.dtype)).float()
+            parts.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)
 
 
 def check_model(model):
     """UserError if the model's token ids are not GPT-2's."""
     config = model.config
-    if config.tokenizer != "gpt2":
-        raise UserError(f"HellaSwag is scored in GPT-2 tokens; this model's tokenizer is {config.tokenizer!r}")
-    if config.vocab_size < 50257:
-        raise UserError(f"HellaSwag needs GPT-2's 50,257 token ids; this model knows {config.vocab_size:,}")
+    if config.tokenizer != "gpt2" or config.vocab_size < 50257:
+        raise UserError("HellaSwag is scored in GPT-2's 50,257 tokens; this model was trained on "
+                        f"{config.vocab_size:,} of the tokenizer {config.tokenizer!r}")
 
 
 @torch.no_grad()
-def score(model, items, batch_tokens=8192, dtype=torch.float32, progress=None):
-    """Summed log-probabilities (len(items), 4) of the endings, float64 on the CPU.
+def score(model, items, batch_tokens=8192, dtype=torch.float32):
+    """Summed log-probabilities (len(items), 4) of the endings, float64 on the CPU. Shows its progress.
 
-    model         an ExoFormer, not compiled; its train/eval mode is restored and no random number is drawn
-    batch_tokens  positions in one batch, counting a shared prefix four times
+    model         an ExoFormer, not compiled
+    batch_tokens  tokens in one batch, counting a shared prefix four times
     dtype         torch.float32, or torch.bfloat16 to run the layers under autocast (log-probabilities stay float32)
-    progress      called after each batch with (items done, all items, positions done, all positions)
     """
     check_model(model)
-    device, was_training = next(model.parameters()).device, model.training
-    batches = plan(items, model.config.block_size, batch_tokens)
-    scores, done, total = {}, 0, sum(batch.cost() for batch in batches)
-    model.eval()
-    try:
-        for batch in batches:
-            with torch.autocast(device.type, enabled=False):                   # whatever the caller runs under
-                scores.update(zip((item.index for item in batch.items), score_batch(model, batch, device, dtype)))
-            done += batch.cost()
-            if progress:
-                progress(len(scores), len(items), done, total)
-    finally:
-        model.train(was_training)
+    batches, scores, done = plan(items, model.config.block_size, batch_tokens), {}, 0
+    progress = Progress("HellaSwag", sum(length * len(batch) for _, length, batch in batches), "tokens")
+    for prefix, length, batch in batches:
+        scores.update(zip((item.index for item in batch), score_batch(model, prefix, length, batch, dtype)))
+        done += length * len(batch)
+        progress.update(done, f", {len(scores)} of {len(items)} items")
+    progress.end()
     result = torch.stack([scores[item.index] for item in items])
     if not result.isfinite().all():
         raise UserError("the model gives log-probabilities that are not finite; its weights are damaged")
     return result
 
 
-# --------------------------------------------------------------------------------------------------------- 4 statistics
+# ----------------------------------------------------------------------------------------------------------- 4 accuracy
 
 METRICS = {  # name: what the summed log-probabilities are divided by
     "acc": "1",
@@ -373,98 +302,28 @@ def accuracy(items, predicted):
     return result
 
 
-def evaluate(model, items, batch_tokens=8192, dtype=torch.float32, progress=None):
-    """What train.py calls: `score`, then `accuracy`. Arguments as in `score`."""
-    return accuracy(items, predictions(items, score(model, items, batch_tokens, dtype, progress)))
-
-
-def mcnemar(only_a, only_b):
-    """Exact two-sided p-value: the chance that fair coins split only_a + only_b items at least as unevenly."""
-    n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2 ** n)
-
-
-def paired(right_a, right_b):
-    """Compare two lists of 0 and 1 on the same items: mean of b - a, its 95 % interval, and who alone was right."""
-    n, differences = len(right_a), [b - a for a, b in zip(right_a, right_b)]
-    mean = sum(differences) / n
-    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / max(1, n - 1) / n)
-    only_a, only_b = differences.count(-1), differences.count(1)
-    return {"difference": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error,
-            "only_a": only_a, "only_b": only_b, "p": mcnemar(only_a, only_b)}
+def evaluate(model, items, batch_tokens=8192, dtype=torch.float32):
+    """`score`, then `accuracy`. Arguments as in `score`."""
+    return accuracy(items, predictions(items, score(model, items, batch_tokens, dtype)))
 
 
 # ------------------------------------------------------------------------------------------------------- 5 command line
 
-def item_lines(items, scores, predicted):
-    """The lines of --out: one JSON object per item."""
-    for row, (item, values) in enumerate(zip(items, scores.tolist())):
-        yield json.dumps({"index": item.index, "label": item.label, "scores": values,
-                          **{metric: int(choice[row]) for metric, choice in predicted.items()}})
-
-
-def read_results(path):
-    """{index: record} of a file written with --out."""
-    records = {}
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        try:
-            record = json.loads(line)
-            records[record["index"]] = {"label": record["label"], **{metric: record[metric] for metric in METRICS}}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a line of --out ({error})") from None
-    if not records:
-        raise UserError(f"{path}: no items in it")
-    return records
-
-
-def compare(path_a, path_b):
-    """Print the paired difference of two --out files for each metric."""
-    a, b = read_results(path_a), read_results(path_b)
-    if {i: r["label"] for i, r in a.items()} != {i: r["label"] for i, r in b.items()}:
-        raise UserError(f"{path_a} ({len(a)} items) and {path_b} ({len(b)} items) do not hold the same items")
-    print(f"A = {path_a}\nB = {path_b}\n{len(a)} items")
-    for metric in METRICS:
-        right_a, right_b = ([int(r[i][metric] == r[i]["label"]) for i in sorted(a)] for r in (a, b))
-        c = paired(right_a, right_b)
-        print(f"{metric:16} A {sum(right_a) / len(a):6.2%}  B {sum(right_b) / len(a):6.2%}  "
-              f"B - A {100 * c['difference']:+.2f} points, 95 % interval [{100 * c['low']:+.2f}, "
-              f"{100 * c['high']:+.2f}]; right alone: A {c['only_a']}, B {c['only_b']}; McNemar exact p = {c['p']:.3g}")
-
-
-class Progress:
-    """Prints items done, rate and time left, every few seconds at most; time is judged by positions, not items."""
-
-    def __init__(self, every=5.0):
-        self.start = self.said = time.time()
-        self.every = every
-
-    def __call__(self, items, all_items, tokens, all_tokens):
-        now = time.time()
-        if now - self.said >= self.every:
-            spent = now - self.start
-            left = spent * (all_tokens / tokens - 1)
-            print(f"{items}/{all_items} items, {items / spent:.1f} items/s, {left:.0f} s left", flush=True)
-            self.said = now
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="HellaSwag accuracy of a checkpoint, or a comparison of two results.")
-    parser.add_argument("--ckpt", help="checkpoint to score: one of train.py, or one released with the paper")
-    parser.add_argument("--shots", type=int, default=0, help="solved examples in front of each item; the paper uses 5")
-    parser.add_argument("--style", choices=STYLES, default="lmeval", help="how items become text")
-    parser.add_argument("--limit", type=int, help="score the first LIMIT items only")
-    parser.add_argument("--data", default="", help="items, .jsonl or .jsonl.gz; default: the official file, downloaded")
-    parser.add_argument("--train", default="", help="where examples come from; default: the official file, downloaded")
-    parser.add_argument("--folder", default="data/hellaswag", help="where downloaded files are kept")
-    parser.add_argument("--out", help="write label, scores and predictions of every item to this .jsonl file")
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="positions in one batch; fewer need less memory")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the layers")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two files written with --out, and stop")
-    args = parser.parse_args(argv)
-    if not args.ckpt and not args.compare:
-        parser.error("give --ckpt=PATH or --compare A B")
+def parse_arguments():
+    """The command line as a namespace; argparse ends the program where it is wrong."""
+    parser = argparse.ArgumentParser(description="HellaSwag accuracy of a checkpoint.")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint to score: one of train.py, or one released with the paper")
+    add("--shots", type=int, default=0, help="solved examples in front of each item; the paper uses 5")
+    add("--style", choices=STYLES, default="lmeval", help="how items become text")
+    add("--limit", type=int, help="score the first LIMIT items only")
+    add("--data", default="", help="items, .jsonl or .jsonl.gz; default: the official file, downloaded")
+    add("--train", default="", help="where examples come from; default: the official file, downloaded")
+    add("--out", help="write label, scores and predictions of every item to this .jsonl file")
+    add("--batch_tokens", type=int, default=8192, help="tokens in one batch; fewer need less memory")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first there is")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the layers")
+    args = parser.parse_args()
     if args.shots < 0 or args.batch_tokens < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--shots must not be negative; --batch_tokens and --limit must be at least 1")
     if args.shots and args.style == "nanogpt":
@@ -472,42 +331,35 @@ def parse_arguments(argv):
     return args
 
 
-def run(args):
-    """Score a checkpoint, print the accuracies, write --out."""
+def main():
+    """Score a checkpoint, print the accuracies with the convention they follow, write --out."""
+    args = parse_arguments()
     if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
         raise UserError(f"--out={args.out}: its folder does not exist or cannot be written")      # not after the work
-    device = choose_device(args.device, among=("cuda", "cpu"))
-    model = load_checkpoint(args.ckpt, device)
+    model = load_checkpoint(args.ckpt, choose_device(args.device))
     check_model(model)
-    items = load_items(args.data, args.shots, args.style, args.limit, args.train, args.folder)
-    start = time.time()
-    scores = score(model, items, args.batch_tokens, getattr(torch, args.dtype), Progress())
-    seconds, predicted = time.time() - start, predictions(items, scores)
+    items = load_items(args.data, args.shots, args.style, args.limit, args.train)
+    scores = score(model, items, args.batch_tokens, getattr(torch, args.dtype))
+    predicted = predictions(items, scores)
     if args.out:
-        with atomic_write(args.out) as file:
-            file.writelines(f"{line}\n".encode() for line in item_lines(items, scores, predicted))
-    report(args, model, items, accuracy(items, predicted), seconds, device)
-
-
-def report(args, model, items, result, seconds, device):
-    """Print the three accuracies with the convention they follow."""
-    cut = sum(len(item.context) + max(map(len, item.endings)) - 1 > model.config.block_size for item in items)
-    print(f"HellaSwag, {args.style} rendering, {args.shots}-shot, {len(items)} items, {args.dtype} on {device}"
-          + (f"; {cut} contexts cut on the left to block_size={model.config.block_size}" if cut else ""))
+        write_results(args.out, items, scores, predicted)
+    say(f"HellaSwag, {args.style} rendering, {args.shots}-shot, {len(items)} items, {args.dtype} on "
+        f"{model.head.weight.device.type}")
+    if cut := sum(item.length > model.config.block_size for item in items):
+        say(f"{cut} contexts were cut on the left to block_size={model.config.block_size}")
+    result = accuracy(items, predicted)
     for metric, divisor in METRICS.items():
-        print(f"{metric:16} {result[metric]:6.2%} +- {result[metric + '_stderr']:.2%}   log-probability / {divisor}")
-    print(f"{len(items) / seconds:.1f} items/s, {seconds:.1f} s")
+        say(f"{metric:16} {result[metric]:6.2%} +- {result[metric + '_stderr']:.2%}   log-probability / {divisor}")
 
 
-def main(argv=None):
-    args = parse_arguments(argv)
-    try:
-        compare(*args.compare) if args.compare else run(args)
-    except torch.OutOfMemoryError:
-        sys.exit(f"eval_hellaswag.py: the GPU's memory is full; halve --batch_tokens={args.batch_tokens}")
-    except UserError as error:
-        sys.exit(f"eval_hellaswag.py: {error}")
+def write_results(path, items, scores, predicted):
+    """The file of --out: a line of JSON for each item."""
+    with atomic_write(path) as file:
+        for row, (item, values) in enumerate(zip(items, scores.tolist())):
+            choices = {metric: int(choice[row]) for metric, choice in predicted.items()}
+            record = {"index": item.index, "label": item.label, "scores": values, **choices}
+            file.write(f"{json.dumps(record)}\n".encode())
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, memory="use a smaller --batch_tokens")
