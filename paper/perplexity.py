@@ -15,43 +15,42 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from analysis import Countdown, cross_entropy, validation_windows
+from analysis import cross_entropy, validation_windows
 from model import TABLE_3, choose_device, load_checkpoint, variant_name
-from prepare_fineweb import UserError, get_tokenizer
-from train import true_or_false
+from prepare_fineweb import Progress, UserError, command_line, get_tokenizer
 
 
 @torch.no_grad()
 def perplexity(model, windows, eot, dtype="float32", mask_documents=True):
     """exp of the mean cross-entropy over all targets of windows (rows, T + 1), without z; each window by itself."""
-    device, total = model.embed.weight.device, 0.0
-    report = Countdown("perplexity", len(windows), "windows")
+    device, total, progress = model.embed.weight.device, 0.0, Progress("perplexity", len(windows), "windows")
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        for i, window in enumerate(windows):
+        for i, window in enumerate(windows, 1):
             idx = torch.as_tensor(window.astype("int64"), device=device)[None]
             docs = (idx[:, :-1] == eot).cumsum(1) if mask_documents else None
             total += cross_entropy(model, idx, docs)
-            report(i + 1)
+            progress.update(i)
+    progress.end()
     return math.exp(total / windows[:, 1:].size)
 
 
 def print_perplexity(model, args):
     """Print the validation perplexity on args.data beside the paper's; the other arguments are `add_arguments`'s."""
-    device = choose_device(args.device, among=("cuda", "cpu"))
+    device, masked = choose_device(args.device, among=("cuda", "cpu")), args.mask_documents == "true"
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
     windows, eot = validation_windows(args.data, model.config, args.windows), get_tokenizer(model.config.tokenizer).eot
-    value = perplexity(model.to(device).eval(), windows, eot, dtype, args.mask_documents)
+    value = perplexity(model.to(device).eval(), windows, eot, dtype, masked)
     millions, paper, _ = TABLE_3.get(variant_name(model.config), (0, 0, 0))
     beside = f" (the paper's {millions} M model: {paper:.2f} over 100M GPT-2 tokens)" if millions else ""
     print(f"perplexity  {value:.4f} over {len(windows):,} windows of {windows.shape[1] - 1} validation tokens, "
-          f"cross-entropy alone, documents {'masked' if args.mask_documents else 'not masked'}, {dtype}{beside}")
+          f"cross-entropy alone, documents {'masked' if masked else 'not masked'}, {dtype}{beside}")
 
 
 def add_arguments(parser):
     """The flags that released.py has too."""
     parser.add_argument("--data", metavar="DIR", help="folder of token shards, for its validation split")
     parser.add_argument("--windows", type=int, default=0, help="validation windows to score (default: all)")
-    parser.add_argument("--mask_documents", type=true_or_false, default=True, metavar="BOOL",
+    parser.add_argument("--mask_documents", default="true", choices=("true", "false"),
                         help="attention within documents, as trained (default: true)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                         help="where to compute (default: cuda if there is a GPU)")
@@ -65,14 +64,11 @@ def main():
     add_arguments(parser)
     args = parser.parse_args()
     if not args.data:
-        parser.error("--data=DIR is needed: a folder of token shards")
-    try:
-        model = load_checkpoint(args.ckpt)
-        print(f"checkpoint  {args.ckpt}: {variant_name(model.config)}")
-        print_perplexity(model, args)
-    except (UserError, OSError) as error:
-        sys.exit(f"perplexity.py: {error}")
+        raise UserError("--data=DIR is needed: a folder of token shards")
+    model = load_checkpoint(args.ckpt)
+    print(f"checkpoint  {args.ckpt}: {variant_name(model.config)}")
+    print_perplexity(model, args)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -16,77 +16,34 @@ import argparse
 import os
 import re
 import sys
-import threading
 from dataclasses import asdict
 from urllib.parse import unquote, urlsplit
 
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from analysis import Countdown
 from model import (TABLE_3, ExoFormer, count_parameters, read_checkpoint, released_names, save_checkpoint,
                    translate_released, variant_name)
 from perplexity import add_arguments, print_perplexity
-from prepare_fineweb import Hub, UserError, Retry, again, locked, origin, publish_file, size_of
-
-CHUNK = 1 << 20                     # bytes written at a time
+from prepare_fineweb import UserError, command_line, download, hub, locked
 
 
-# --------------------------------------------------------------------------------------------------------------- fetch
-
-def fetch(source, name, folder, backoff=1.0):
+def fetch(source, name, folder):
     """The path of a local checkpoint, or of the copy in `folder` of the one at a URL or hub repository: folder/ADDRESS,
     since the files of several models have one name. UserError when it cannot be had. An interrupted download goes on
     where it stopped, a finished one is not repeated."""
     if os.path.exists(source):
         return source
-    if "://" not in source and not (name and re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
-        raise UserError(f"{source}: no such file, and not a URL; for a hub repository OWNER/REPO give --file=NAME too")
-    hub = Hub()
-    address = url_address(hub, source) if "://" in source else f"{source}/resolve/main/{name}"
     url = urlsplit(source)
-    path = os.path.join(folder, *plain_names(url.netloc + unquote(url.path) if url.netloc else f"{source}/{name}"))
+    if not url.netloc and not (name and re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
+        raise UserError(f"{source}: no such file, and not a URL; for a hub repository OWNER/REPO give --file=NAME too")
+    place = url.netloc + unquote(url.path) if url.netloc else f"{source}/{name}"
+    parts = [part for part in place.split("/") if part not in ("", ".", "..")]      # none leads out of the folder
+    path = os.path.join(folder, *parts)
     with locked(os.path.dirname(path)):
         if not os.path.exists(path):
-            again(os.path.basename(path), lambda: transfer(hub, address, f"{path}.part"), threading.Event(), backoff,
-                  progress=lambda: size_of(f"{path}.part"))
-            publish_file(f"{path}.part", path)
+            download(source if url.netloc else f"{hub()[0]}/{source}/resolve/main/{name}", path)
     return path
 
-
-def plain_names(address):
-    """The parts of an address as names of folders and a file, none of which leads elsewhere."""
-    return [part for part in address.split("/") if part not in ("", ".", "..")]
-
-
-def url_address(hub, url):
-    """What to ask of `hub`, turned to the host of `url`. Its token stays with the hub's own host."""
-    endpoint = "{0.scheme}://{0.netloc}".format(urlsplit(url))
-    hub.secret = hub.secret if origin(endpoint) == origin(hub.endpoint) else {}
-    hub.endpoint = endpoint
-    return url[len(endpoint) + 1:]
-
-
-def transfer(hub, address, part):
-    """Append to `part` what it lacks. Retry when the connection ends early."""
-    import requests
-    have = max(0, size_of(part) - 1)            # ask for one byte again: a range that begins at the end is an error
-    with hub.get(address, **({"Range": f"bytes={have}-"} if have else {})) as response, open(part, "ab") as file:
-        start = have if response.status_code == 206 else 0
-        size = start + int(response.headers.get("Content-Length", 0))
-        file.truncate(start)
-        report = Countdown(os.path.basename(part), size // 1_000_000, "MB")
-        try:
-            for chunk in response.iter_content(CHUNK):
-                file.write(chunk)
-                report(file.tell() / 1e6)
-        except requests.RequestException as error:
-            raise Retry(f"connection lost ({type(error).__name__})") from None
-    if size_of(part) < size:
-        raise Retry(f"the connection ended at byte {size_of(part)} of {size}")
-
-
-# -------------------------------------------------------------------------------------------------------------- report
 
 class Watched(dict):
     """A state dict that remembers which of its tensors were asked for."""
@@ -124,39 +81,18 @@ def describe(path, checkpoint, model):
     millions = f"; Table 3 prints {TABLE_3[name][0]} M" if name in TABLE_3 else ""
     axes = ("gate", "anchor", "mix", "anchor_norm", "granularity", "dynamic")
     unused = unused_tensors(checkpoint, model)
-    entries = [key for key in checkpoint if key != "model"] if "model" in checkpoint else []
-    print(f"file        {path}, {size_of(path):,} bytes, step {checkpoint.get('step', 'unknown')}")
+    named = ", ".join(unused[:6]) + (" ..." if len(unused) > 6 else "")
+    print(f"file        {path}, {os.path.getsize(path):,} bytes, step {checkpoint.get('step', 'unknown')}")
     print(f"variant     {name}, by its keys: {', '.join(f'{axis}={vars(config)[axis]!r}' for axis in axes)}")
     print(f"size        {config.n_layer} layers, C {config.n_embd}, {config.n_head} heads, "
           f"context {config.block_size}, vocabulary {config.vocab_size:,}")
     print(f"parameters  {count_parameters(model):,}{millions}")
-    print(f"ignored     {len(unused)} tensors that the released forward pass never reads: {shortened(unused)}")
-    print(f"            entries beside the weights: {shortened(entries)} (of model_args, block_size and rope_theta)")
+    print(f"ignored     {len(unused)} tensors that the released forward pass never reads: {named or 'none'}")
     print("verified    against the released code on small random weights; never against released weights, which nobody "
           "here had")
 
 
-def shortened(names, most=6):
-    """The first names of a list, and how many more there are."""
-    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def run(args):
-    path = fetch(args.source, args.file, args.folder)
-    checkpoint, model = load(path, args.n_head, args.anchor_norm)
-    describe(path, checkpoint, model)
-    if args.save:
-        if os.path.exists(args.save):
-            raise UserError(f"--save={args.save} is there already; remove it or choose another name")
-        os.makedirs(os.path.dirname(os.path.abspath(args.save)), exist_ok=True)
-        save_checkpoint(args.save, dict(format=1, model_config=asdict(model.config), model=model.state_dict(),
-                                        step=checkpoint.get("step"), released=os.path.basename(path)))
-        print(f"saved       {args.save}: weights only, for sampling and evaluation; it cannot be resumed")
-    if args.data:
-        print_perplexity(model, args)
-
-
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description="Report, measure, convert a released checkpoint.", allow_abbrev=False)
     parser.add_argument("source", help="local file, URL, or hub repository OWNER/REPO (HF_ENDPOINT, HF_TOKEN honoured)")
     parser.add_argument("--file", metavar="NAME", help="file in the hub repository")
@@ -167,12 +103,24 @@ def main():
     parser.add_argument("--n_head", type=int, help="heads, where the keys do not tell")
     parser.add_argument("--anchor_norm", choices=("", "qk"),
                         help="internal q and k anchors, where the keys do not tell: '' if not normed")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"released.py: {error}")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    path = fetch(args.source, args.file, args.folder)
+    checkpoint, model = load(path, args.n_head, args.anchor_norm)
+    describe(path, checkpoint, model)
+    if args.save:
+        if os.path.exists(args.save):
+            raise UserError(f"--save={args.save} is there already; remove it or choose another name")
+        os.makedirs(os.path.dirname(os.path.abspath(args.save)), exist_ok=True)
+        save_checkpoint(args.save, dict(model_config=asdict(model.config), model=model.state_dict(),
+                                        step=checkpoint.get("step"), released=os.path.basename(path)))
+        print(f"saved       {args.save}: weights only, for sampling and evaluation; it cannot be resumed")
+    if args.data:
+        print_perplexity(model, args)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

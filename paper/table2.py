@@ -1,31 +1,144 @@
 """
-Table 2 for checkpoints of your own, or for the released ones: attention sink, token similarity, PCA core features.
+Table 2 and the numbers of Section 4.4 and the appendix, for checkpoints of your own or the released ones.
 
     python paper/table2.py --ckpt=out/paper-base/ckpt_038147.pt --ckpt=out/paper-exo/ckpt_038147.pt --data=DIR
     python paper/table2.py --ckpt=... --data=DIR --ablate_anchor        with the anchor removed at inference
     python paper/figures.py out/analysis/*.json                         the pictures
 
 Writes one JSON for each checkpoint, which holds every quantity layer by layer (paper/analysis.py says how they are
-defined), and prints the averages beside the paper's.
+defined), and prints the numbers that the paper states beside the paper's.
 """
 import argparse
 import json
 import math
 import os
 import sys
+import textwrap
+
+import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from analysis import Countdown, analyse, validation_windows
+from analysis import (analyse, anchor_share, band_correlation, between_heads, near_zero, ratio, stage_3,
+                      validation_windows)
 from model import choose_device, load_checkpoint
-from prepare_fineweb import UserError, atomic_write
+from prepare_fineweb import UserError, atomic_write, command_line
 
-PAPER_TABLE_2 = {  # attention sink, token similarity, PCA core features (of C = 1024)
-    "base": (0.2572, 0.5365, 838.9), "gated": (0.0091, 0.6328, 880.0), "resformer": (0.0212, 0.6558, 853.8),
-    "nuresformer": (0.0112, 0.5783, 887.9), "exo": (0.0041, 0.8265, 818.3), "exo_dynamic": (0.0073, 0.8622, 752.1),
+ABLATED = "anchor removed"
+PAPER = {  # as printed for its 450M models (C 1024, 10B tokens); ABLATED: an ExoFormer without its anchor
+    "base": dict(sink="0.2572", similarity="0.5365", pca="838.9", last_pca="835", stage_3="1/3"),
+    "gated": dict(sink="0.0091", similarity="0.6328", pca="880.0", first_gate="0.2"),
+    "resformer": dict(sink="0.0212", similarity="0.6558", pca="853.8"),
+    "nuresformer": dict(sink="0.0112", similarity="0.5783", pca="887.9", first_gate="0.4-0.5"),
+    "exo": dict(sink="0.0041", similarity="0.8265", pca="818.3", peak="0.95", last_pca="738", stage_3="2/3",
+                first_gate="between"),
+    "exo_dynamic": dict(sink="0.0073", similarity="0.8622", pca="752.1", peak="0.93", last_pca="716"),
+    ABLATED: dict(peak="0.93", least_pca="321"),
 }
-COLUMNS = {"attention_sink": 4, "token_similarity": 4, "pca_core_features": 1}             # and their decimals
 
+
+# ------------------------------------------------------------------------------------------------------------- printing
+
+def number(value, digits=3):
+    """A cell; "-" for what is not there or not finite."""
+    return f"{value:.{digits}f}" if value is not None and math.isfinite(value) else "-"
+
+
+def paper(record, key):
+    """The paper's number for the record's model, as it prints it; "-" where it prints none."""
+    name = record["variant"]
+    if record["ablate_anchor"]:
+        name = ABLATED if record["model_config"]["anchor"] == "exogenous" else ""
+    return PAPER.get(name, {}).get(key, "-")
+
+
+def print_table(title, headings, rows):
+    """Rows of strings under their headings, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows)]
+    print(f"\n{title}")
+    for row in (headings, *rows):
+        print("  ".join(cell.rjust(width) if i else cell.ljust(width)
+                        for i, (cell, width) in enumerate(zip(row, widths))))
+
+
+def print_table_2(records):
+    """The layer averages of Table 2."""
+    rows = [[r["label"], r["variant"], number(r["cross_entropy"]),
+             number(r["averages"]["attention_sink"], 4), paper(r, "sink"),
+             number(r["averages"]["token_similarity"], 4), paper(r, "similarity"),
+             number(r["averages"]["pca_core_features"], 1), str(r["model_config"]["n_embd"]), paper(r, "pca")]
+            for r in records]
+    print_table("Table 2, averages over layers. paper: its 450M models, C 1024",
+                ["label", "variant", "loss", "sink", "paper", "similarity", "paper", "PCA", "of C", "paper"], rows)
+
+
+def print_stages(records):
+    """Section 4.4: where tokens are alike, and how many dimensions they fill."""
+    rows = []
+    for r in records:
+        similarity, pca = r["by_layer"]["token_similarity"], r["by_layer"]["pca_core_features"]
+        start, layers = stage_3(similarity), r["model_config"]["n_layer"]
+        stage = ("-", "-") if start is None else (str(start), number((layers + 1 - start) / layers, 2))
+        rows.append([r["label"], number(max(similarity)), paper(r, "peak"), str(similarity.index(max(similarity))),
+                     *stage, paper(r, "stage_3"), str(pca[-1]), paper(r, "last_pca"), str(min(pca)),
+                     paper(r, "least_pca")])
+    print_table("Section 4.4: token similarity (layer 0: embedding), share of layers in stage 3, PCA core features",
+                ["label", "peak", "paper", "at layer", "stage 3 from", "share", "paper", "last PCA", "paper",
+                 "least PCA", "paper"], rows)
+
+
+def print_embedding_similarity(records):
+    """Figure 2f: a token's hidden states against its embedding."""
+    print("\nSimilarity to the embedding, layer 1 to the last (paper: exo starts low and falls to about 0 or below)")
+    for r in records:
+        print(r["label"])
+        print(textwrap.fill(" ".join(f"{x:6.3f}" for x in r["hidden_similarity"][0][1:]), 110,
+                            initial_indent="    ", subsequent_indent="    "))
+
+
+def print_gates(records):
+    """Appendix D, and the entropy of attention."""
+    rows = []
+    for r in records:
+        averages, gates = r["averages"], r["by_layer"].get("gate_mean", [None])
+        rows.append([r["label"], number(averages["attention_entropy"]), number(averages.get("gate_mean")),
+                     number(averages.get("gate_sparsity")), number(gates[0]), paper(r, "first_gate")])
+    print_table("Attention entropy in nats and gates, averages over layers; the first layer's gate (Appendix D)",
+                ["label", "entropy", "mean gate", "gates < 0.2", "first layer's", "paper"], rows)
+
+
+def print_mixing(records):
+    """Section 4.2 and Figure 3: what became of the lambdas, for each letter and over all."""
+    rows = []
+    for r in (r for r in records if r["lambdas"] and not r["ablate_anchor"]):                 # else the same lambdas
+        tables, elementwise = r["lambdas"], r["model_config"]["granularity"] == "elementwise"
+        for s, table in tables.items():
+            with_k = elementwise and s == "q" and "k" in tables
+            rows.append([r["label"], s, number(float(np.median(ratio(table), axis=(1, 2)).mean())),
+                         number(anchor_share(r["anchor_use"][s])[0].mean()), number(near_zero([table])),
+                         number(between_heads(table) if elementwise else None),
+                         number(band_correlation(table, tables["k"]) if with_k else None)])
+        rows.append([r["label"], "all", "", "", number(near_zero(tables.values())), "", ""])
+    if not rows:
+        return
+    print_table("Lambdas, averages over layers. Paper, Figure 3: v's ratio hardly varies within a head (between heads: "
+                "near 1),\nthose of q, k and g do, q's like k's",
+                ["label", "letter", "lambda1/lambda2", "anchor's share", "|lambda1| < 0.001", "between heads",
+                 "q with k"], rows)
+
+
+def print_near_zero_ratio(records):
+    """Section 4.2: the share of lambda1 near zero without norms on the anchors against that with them."""
+    for r in records:
+        settings = r["model_config"]
+        for other in records:
+            if {**other["model_config"], "anchor_norm": ""} == settings != other["model_config"]:
+                shares = [near_zero(each["lambdas"].values()) for each in (r, other)]
+                print(f"\n|lambda1| < 0.001: {r['label']} {shares[0]:.4f} against {other['label']} {shares[1]:.4f}, "
+                      f"{number(shares[0] / shares[1] if shares[1] else None, 2)} times (paper: about 3)")
+
+
+# -------------------------------------------------------------------------------------------------------------- command
 
 def label_of(path, ablate_anchor):
     """A short name for a checkpoint: its run folder and file, out/tiny-exo/ckpt_000300.pt -> tiny-exo_ckpt_000300."""
@@ -33,85 +146,31 @@ def label_of(path, ablate_anchor):
     return f"{os.path.basename(folder)}_{os.path.splitext(name)[0]}{'_no_anchor' if ablate_anchor else ''}"
 
 
-def finite(value):
-    """The same nest of dicts and lists with None for every number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_record(folder, record):
     """Write the record of one checkpoint as FOLDER/LABEL.json and return the path."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{record['label']}.json")
     with atomic_write(path) as file:
-        file.write(json.dumps(finite(record), allow_nan=False).encode())
+        file.write(json.dumps(record).encode())
     return path
 
 
-def print_table_2(records):
-    """The layer averages of Table 2, each beside the paper's where the paper has that variant."""
-    width, wide = (max(len(key), *(len(r[key]) for r in records)) for key in ("label", "variant"))
-    print(f"\nTable 2, averages over layers. paper: what it prints for its 450M models (C 1024, 10B training tokens)\n"
-          f"{'':{width}s}  {'':{wide}s}        attention sink    token similarity   PCA core features\n"
-          f"{'label':{width}s}  {'variant':{wide}s}   loss    here   paper      here   paper      "
-          "here of C  paper of 1024")
-    for r in records:
-        cells = []
-        for i, (name, digits) in enumerate(COLUMNS.items()):
-            paper = PAPER_TABLE_2.get(r["variant"]) if not r["ablate_anchor"] else None
-            of = f" {r['model_config']['n_embd']:4d}" if name.startswith("pca") else ""
-            cells.append(f"{r['averages'][name]:7.{digits}f}{of} {f'{paper[i]:.{digits}f}' if paper else '-':>7s}")
-        print(f"{r['label']:{width}s}  {r['variant']:{wide}s} {r['cross_entropy']:6.3f} {'   '.join(cells)}")
-    if any(r["ablate_anchor"] for r in records):
-        print("anchor removed at inference: the paper's ExoFormer then reaches a token similarity of 93 %, "
-              "and its PCA dimensions collapse")
-
-
-def print_use(records):
-    """What Table 2 leaves out: entropy, gates, and how far the anchor is used. Averages over layers."""
-    width = max(len("label"), *(len(r["label"]) for r in records))
-    letters = "".join(f"{s:>7s}" for s in "qkvg")
-    print(f"\n{'':{width}s}            gate  share   lambda1/lambda2 (median)      |lambda1| < 0.001, share\n"
-          f"{'label':{width}s}  entropy   mean  < 0.2 {letters}  {letters}")
-    for r in records:
-        gates = "".join(f"{r['averages'][name]:7.3f}" if name in r["averages"] else f"{'-':>7s}"
-                        for name in ("gate_mean", "gate_sparsity"))
-        shares = ["".join(average(r["lambdas"].get(s, {}).get(name)) for s in "qkvg")
-                  for name in ("ratio_median", "near_zero")]
-        print(f"{r['label']:{width}s}  {r['averages']['attention_entropy']:7.3f}{gates} {'  '.join(shares)}")
-
-
-def average(layers):
-    """A cell: the mean over layers, "-" where the component is not mixed."""
-    return f"{sum(layers) / len(layers):7.3f}" if layers else f"{'-':>7s}"
-
-
-def run(args):
-    labels = [label_of(path, args.ablate_anchor) for path in args.ckpt]
-    if len(set(labels)) < len(labels):
-        raise UserError("two checkpoints share folder and file name, so one JSON would replace the other: "
-                         "rename a folder")
-    records, device = [], choose_device(args.device, among=("cuda", "cpu"))
-    for path, label in zip(args.ckpt, labels):
+def measure(args):
+    """Analyse each checkpoint and write its record; yields the records."""
+    device = choose_device(args.device, among=("cuda", "cpu"))
+    for path in args.ckpt:
         model = load_checkpoint(path, device)
         if args.ablate_anchor and model.config.anchor == "none":
             print(f"left out: {path} has no anchor that could be removed", flush=True)
             continue
         windows = validation_windows(args.data, model.config, args.rows, args.block_size)
-        record = analyse(model, windows, args.dtype, args.ablate_anchor, Countdown(label, len(windows), "rows"))
-        records.append(dict(label=label, checkpoint=path, data=args.data, **record))
-        print(f"wrote {write_record(args.out, records[-1])}", flush=True)
-    if not records:
-        raise UserError("--ablate_anchor: none of the checkpoints has an anchor; drop the flag")
-    print_table_2(records)
-    print_use(records)
-    print(f"\nPictures: python paper/figures.py {args.out}/*.json")
+        record = dict(label=label_of(path, args.ablate_anchor), checkpoint=path, data=args.data,
+                      **analyse(model, windows, args.dtype, args.ablate_anchor))
+        print(f"wrote {write_record(args.out, record)}", flush=True)
+        yield record
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description="Table 2, and all that the figures need.", allow_abbrev=False)
     parser.add_argument("--ckpt", action="append", required=True, metavar="PATH",
                         help="checkpoint, ours or a released one; repeat for more")
@@ -130,11 +189,23 @@ def main():
     args = parser.parse_args()
     if args.rows < 1:
         parser.error(f"--rows={args.rows} must be at least 1")
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"table2.py: {error}")
+    return args
+
+
+def main():
+    args = parse_args()
+    labels = [label_of(path, args.ablate_anchor) for path in args.ckpt]
+    if len(set(labels)) < len(labels):
+        raise UserError("two checkpoints share folder and file name, so one JSON would replace the other: "
+                        "rename a folder")
+    records = list(measure(args))
+    if not records:
+        raise UserError("--ablate_anchor: none of the checkpoints has an anchor; drop the flag")
+    for show in (print_table_2, print_stages, print_embedding_similarity, print_gates, print_mixing,
+                 print_near_zero_ratio):
+        show(records)
+    print(f"\nPictures: python paper/figures.py {args.out}/*.json")
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

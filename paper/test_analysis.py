@@ -2,6 +2,7 @@
 Each quantity of analysis.py against a slow computation of its definition: Python loops in float64 on a tiny model whose
 attention and hidden states are recorded in another way than analysis.py does, and on two layers of a model as the
 paper's released code computed them (testdata/golden_two_layers.pt: weights, hidden states, gates, q and k of layer 2).
+Then what table2.py, figures.py, usage.py, perplexity.py and export.py make of them.
 """
 import json
 import math
@@ -19,11 +20,12 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import analysis
+import export
 import figures
 import perplexity
-import released
 import table2
-from model import ExoFormer, load_checkpoint, save_checkpoint, variant_config, variant_name
+import usage
+from model import ExoFormer, Positions, load_checkpoint, save_checkpoint, variant_config
 from prepare_fineweb import UserError, write_meta, write_shard
 
 VARIANTS = ["base", "resformer", "gated", "nuresformer", "exo_scalar", "exo_headwise", "exo_dynamic"]
@@ -59,18 +61,19 @@ def recorded(model, idx, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", spy)
         x = model.embed(idx)
-        anchor, at, states = model.make_anchor(x), model.positions(idx, None, None), [x.double()]
+        anchor, at, states = model.make_anchor(x), Positions(model.config, LENGTH, idx.device), [x.double()]
         for layer in model.layers:
             x = layer(x, anchor, at)
             states.append(x.double())
     return states, seen
 
 
-def attention(q, k, t):
-    """Weights of query t on keys 0 ... t, by the definition. q, k (T, D)."""
-    scores = [sum(float(a) * float(b) for a, b in zip(q[t], k[j])) / math.sqrt(len(q[t])) for j in range(t + 1)]
+def attention(q, k, t, first=0):
+    """Weights of query t on keys 0 ... t, by the definition, none on those before `first`. q, k (T, D)."""
+    keys = range(max(0, first), t + 1)
+    scores = [sum(float(a) * float(b) for a, b in zip(q[t], k[j])) / math.sqrt(len(q[t])) for j in keys]
     powers = [math.exp(score - max(scores)) for score in scores]
-    return [power / sum(powers) for power in powers]
+    return [0.0] * keys[0] + [power / sum(powers) for power in powers]
 
 
 def cosine(a, b):
@@ -97,14 +100,16 @@ def components_by_svd(rows):
 
 # ------------------------------------------------------------------------------------------ hidden states and attention
 
-@every_variant
-def test_sink_and_entropy_match_loops(variant, monkeypatch):
-    """Attention to key 0 and attention entropy: every row, head and query one by one, the first query included."""
-    model, rows = tiny(variant), windows()
+@pytest.mark.parametrize("variant, window", [(variant, 0) for variant in VARIANTS] + [("exo", 5)])
+def test_sink_and_entropy_match_loops(variant, window, monkeypatch):
+    """Attention to key 0 and attention entropy: every row, head and query one by one, the first query included. Where
+    a query sees only the last `window` tokens, its weights are on these alone."""
+    model, rows = tiny(variant, window=window), windows()
     result = analysis.analyse(model, rows)["by_layer"]
     _, seen = recorded(model, rows[:, :-1], monkeypatch)
     for layer, (q, k) in enumerate(seen):
-        weights = [attention(qh, kh, t) for qb, kb in zip(q, k) for qh, kh in zip(qb, kb) for t in range(LENGTH)]
+        weights = [attention(qh, kh, t, t + 1 - (window or LENGTH))
+                   for qb, kb in zip(q, k) for qh, kh in zip(qb, kb) for t in range(LENGTH)]
         assert result["attention_sink"][layer] == pytest.approx(mean(w[0] for w in weights), abs=1e-6)
         entropy = mean(-sum(p * math.log(p) for p in w if p > 0) for w in weights)
         assert result["attention_entropy"][layer] == pytest.approx(entropy, abs=1e-5)
@@ -189,7 +194,8 @@ def test_gates_match_loops(variant, monkeypatch):
     result = analysis.analyse(model, rows)["by_layer"]
     states, _ = recorded(model, rows[:, :-1], monkeypatch)
     for i, layer in enumerate(model.layers):
-        gates = gates_by_loops(model, layer, states[i], states[0])
+        g = sum(terms_by_formula(model, layer, states[i], states[0], "g"))
+        gates = [1 / (1 + math.exp(-x)) for x in g.flatten().tolist()]
         assert result["gate_mean"][i] == pytest.approx(mean(gates), abs=1e-6)
         assert result["gate_sparsity"][i] == pytest.approx(mean(gate < 0.2 for gate in gates), abs=1e-9)
 
@@ -203,21 +209,23 @@ def rms_norm(x, gain):
 
 
 @torch.no_grad()
-def gates_by_loops(model, layer, x, embedded):
-    """Every gate of a layer as a flat list, from its input x and the embeddings (B, T, C), float64."""
-    heads, h = (model.config.n_head, -1), rms_norm(x, weights_of(layer.attn_norm))
-    current = (h @ weights_of(layer.attn.project)[-model.config.n_embd:].T).unflatten(-1, heads)
-    if "g" in layer.attn.mix:
-        outside, first = model.config.anchor == "exogenous", model.layers[0]
-        source = embedded if outside else rms_norm(embedded, weights_of(first.attn_norm))
-        project = model.anchor.project if outside else first.attn.project
-        anchor = (source @ weights_of(project)[-model.config.n_embd:].T).unflatten(-1, heads)
-        anchor = rms_norm(anchor, weights_of(model.anchor.norms["g"]))
-        gamma = gamma_by_formula(layer, h) if model.config.dynamic else torch.ones(*h.shape[:2], 8).double()
-        mix = layer.attn.mix["g"]
-        current = (gamma[..., 6, None, None] * mix.lambda_anchor.double() * anchor
-                   + gamma[..., 7, None, None] * mix.lambda_current.double() * current)
-    return [1 / (1 + math.exp(-g)) for g in current.flatten().tolist()]
+def terms_by_formula(model, layer, x, embedded, s):
+    """The two terms of Eq. 12 of letter s in a layer, (B, T, H, D) float64, from its input x and the embeddings (B, T,
+    C); without an anchor [its own projection]."""
+    heads, place, h = (model.config.n_head, -1), "qkvg".index(s), rms_norm(x, weights_of(layer.attn_norm))
+    current = (h @ weights_of(layer.attn.project).chunk(len(model.config.components))[place].T).unflatten(-1, heads)
+    if s not in layer.attn.mix:
+        return [current]
+    outside, first = model.config.anchor == "exogenous", model.layers[0]
+    source = embedded if outside else rms_norm(embedded, weights_of(first.attn_norm))
+    project = weights_of(model.anchor.project if outside else first.attn.project)
+    anchor = (source @ project.chunk(4 if outside else len(model.config.components))[place].T).unflatten(-1, heads)
+    if s in model.config.anchor_norm:
+        anchor = rms_norm(anchor, weights_of(model.anchor.norms[s]))
+    gamma = gamma_by_formula(layer, h) if model.config.dynamic else torch.ones(*h.shape[:2], 8).double()
+    mix = layer.attn.mix[s]
+    return [gamma[..., 2 * place, None, None] * mix.lambda_anchor.double() * anchor,
+            gamma[..., 2 * place + 1, None, None] * mix.lambda_current.double() * current]
 
 
 @torch.no_grad()
@@ -229,7 +237,7 @@ def gamma_by_formula(layer, h):
 
 
 def test_gamma_statistics_match_the_formula(monkeypatch):
-    """Mean, standard deviation, least and greatest over tokens of each gamma, by layer, component and slot."""
+    """Mean and standard deviation over tokens of each gamma, by layer, component and slot."""
     model, rows = tiny("exo_dynamic"), windows()
     result = analysis.analyse(model, rows)["gammas"]
     states, _ = recorded(model, rows[:, :-1], monkeypatch)
@@ -237,7 +245,7 @@ def test_gamma_statistics_match_the_formula(monkeypatch):
         gamma = gamma_by_formula(layer, rms_norm(states[i], weights_of(layer.attn_norm))).flatten(0, 1).numpy()
         for slot in range(8):
             table = result["qkvg"[slot // 2]][("anchor", "current")[slot % 2]]
-            for key, measure in (("mean", np.mean), ("std", np.std), ("min", np.min), ("max", np.max)):
+            for key, measure in (("mean", np.mean), ("std", np.std)):
                 assert table[key][i] == pytest.approx(measure(gamma[:, slot]), abs=1e-5)
 
 
@@ -245,21 +253,120 @@ def test_static_models_have_no_gammas():
     assert analysis.analyse(tiny("exo"), windows())["gammas"] == {}
 
 
-@pytest.mark.parametrize("granularity, numbers", [("scalar", 1), ("headwise", 2), ("elementwise", 12)])
-def test_lambda_usage_by_hand(granularity, numbers):
-    """Ratios, medians and near-zero shares of known lambdas; an internal anchor's own layer has none."""
+@pytest.mark.parametrize("variant", ["resformer", "nuresformer", "exo_nonorm", "exo_dynamic"])
+def test_use_of_the_anchor_matches_loops(variant, monkeypatch):
+    """The mean norm of both terms of Eq. 12, token by token, over positions 0 | 1 | 2, 3 | 4 ... 7 | 8 ... 11; and the
+    anchor's share of the two means, by layer and by octave."""
+    model, rows = tiny(variant), windows()
+    tables = analysis.analyse(model, rows)["anchor_use"]
+    states, _ = recorded(model, rows[:, :-1], monkeypatch)
+    places = [range(0, 1), range(1, 2), range(2, 4), range(4, 8), range(8, LENGTH)]
+    assert list(tables) == list(model.config.mix)
+    for s, table in tables.items():
+        assert table["layers"] == [i for i, layer in enumerate(model.layers, 1) if s in layer.attn.mix]
+        by_layer, by_octave = analysis.anchor_share(table)
+        for row, i in enumerate(table["layers"]):
+            terms = terms_by_formula(model, model.layers[i - 1], states[i - 1], states[0], s)
+            norms = [[[math.sqrt(sum(x * x for x in token)) for token in part] for part in term.flatten(2).tolist()]
+                     for term in terms]                                              # [anchor, current][row][token]
+            means = [[mean(part[t] for part in norm for t in place) for place in places] for norm in norms]
+            assert table["anchor"][row] == pytest.approx(means[0], rel=1e-5)
+            assert table["current"][row] == pytest.approx(means[1], rel=1e-5)
+            whole = [mean(x for part in norm for x in part) for norm in norms]
+            assert by_layer[row] == pytest.approx(whole[0] / (whole[0] + whole[1]), rel=1e-5)
+            assert by_octave[row] == pytest.approx([a / (a + c) for a, c in zip(*means)], rel=1e-5)
+
+
+def test_octaves_are_lengths_in_binary():
+    assert analysis.octaves(2048).tolist() == [i.bit_length() for i in range(2048)]
+
+
+@pytest.mark.parametrize("granularity, shape", [("scalar", (1, 1)), ("headwise", (2, 1)), ("elementwise", (2, 6))])
+def test_lambdas_by_hand(granularity, shape):
+    """The lambdas as the layers have them, their ratio and the near-zero share; an internal anchor's own layer has
+    none."""
     model = tiny("nuresformer", granularity=granularity)
     mix = model.layers[2].attn.mix["k"]
-    anchor = torch.linspace(-0.002, 0.002, numbers).view(mix.lambda_anchor.shape)
-    current = torch.linspace(1, 2, numbers).view(mix.lambda_current.shape)
-    mix.lambda_anchor.data, mix.lambda_current.data = anchor, current
-    usage = analysis.lambda_usage(model)["k"]
-    ratios = sorted(a / c for a, c in zip(anchor.flatten().tolist(), current.flatten().tolist()))
-    median = (ratios[(numbers - 1) // 2] + ratios[numbers // 2]) / 2
-    assert usage["layers"] == [2, 3]
-    assert usage["anchor"][1] == anchor.flatten().tolist() and usage["current"][1] == current.flatten().tolist()
-    assert usage["ratio_median"][1] == pytest.approx(median) and usage["ratio_mean"][1] == pytest.approx(mean(ratios))
-    assert usage["near_zero"][1] == pytest.approx(mean(abs(a) < 0.001 for a in anchor.flatten().tolist()))
+    mix.lambda_anchor.data = torch.linspace(-0.002, 0.0021, math.prod(shape)).view(shape)
+    mix.lambda_current.data = torch.linspace(1, 2, math.prod(shape)).view(shape)
+    table = analysis.lambdas_of(model)["k"]
+    assert table["layers"] == [2, 3] and np.shape(table["anchor"]) == np.shape(table["current"]) == (2, *shape)
+    anchor, current = (x.detach().flatten().tolist() for x in (mix.lambda_anchor, mix.lambda_current))
+    assert analysis.ratio(table)[1].flatten().tolist() == pytest.approx([a / c for a, c in zip(anchor, current)])
+    every = anchor + model.layers[1].attn.mix["k"].lambda_anchor.detach().flatten().tolist()
+    assert analysis.near_zero([table]) == pytest.approx(mean(abs(x) < 0.001 for x in every))
+    other = dict(anchor=[[[0.0] * shape[1]] * shape[0]] * 2)
+    assert analysis.near_zero([table, other]) == pytest.approx((analysis.near_zero([table]) + 1) / 2)
+
+
+def percentile(values, share):
+    """The value below which `share` of the sorted values lie, linear in between."""
+    ordered, at = sorted(values), share * (len(values) - 1)
+    low = int(at)
+    return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+def clip(layer):
+    """A layer's ratios (heads of channels) between their 2nd and 98th percentile."""
+    flat = [x for head in layer for x in head]
+    low, high = percentile(flat, 0.02), percentile(flat, 0.98)
+    return [[min(max(x, low), high) for x in head] for head in layer]
+
+
+def table_with(ratios):
+    """A letter's table whose lambda_1 / lambda_2 are `ratios` (layers, H, D)."""
+    current = np.random.default_rng(7).uniform(0.5, 2, np.shape(ratios))
+    return dict(anchor=(np.array(ratios) * current).tolist(), current=current.tolist())
+
+
+def test_share_between_heads_matches_loops():
+    """Between-head over total variance, layer by layer; 1 for heads of one value each, 0 for heads that are alike."""
+    drawn = np.random.default_rng(8).normal(size=(3, 4, 10)) + np.arange(4)[:, None]
+    shares = []
+    for layer in map(clip, drawn.tolist()):
+        whole, middles = mean(x for head in layer for x in head), [mean(head) for head in layer]
+        between = sum(len(head) * (middle - whole) ** 2 for head, middle in zip(layer, middles))
+        shares.append(between / sum((x - whole) ** 2 for head in layer for x in head))
+    assert analysis.between_heads(table_with(drawn)) == pytest.approx(mean(shares))
+    levels, stripes = np.arange(4.0)[None, :, None], np.sin(np.arange(10.0))[None, None]
+    assert analysis.between_heads(table_with(np.broadcast_to(levels, (2, 4, 10)))) == pytest.approx(1)
+    assert analysis.between_heads(table_with(np.broadcast_to(stripes, (2, 4, 10)))) == pytest.approx(0, abs=1e-9)
+
+
+def test_one_lambda_near_zero_does_not_rule_the_share_between_heads():
+    ratios = np.broadcast_to(np.arange(4.0)[None, :, None], (1, 4, 64)).copy()
+    ratios[0, 0, 0] = 1e6
+    assert analysis.between_heads(table_with(ratios)) > 0.9
+
+
+def test_correlation_of_bands_matches_loops():
+    """Pearson's correlation of what is left when each head's mean is taken away, layer by layer; the same bands on
+    other levels give 1, turned round -1."""
+    rng = np.random.default_rng(9)
+    bands = rng.normal(size=(2, 4, 10))
+    other = 0.5 * bands + rng.normal(size=bands.shape)
+    found = []
+    for one, two in zip(bands.tolist(), other.tolist()):
+        a, b = ([x - mean(head) for head in clip(layer) for x in head] for layer in (one, two))
+        found.append(sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b)))
+    assert analysis.band_correlation(table_with(bands), table_with(other)) == pytest.approx(mean(found))
+    assert analysis.band_correlation(table_with(bands), table_with(-2 * bands)) == pytest.approx(-1)
+    stripes = np.broadcast_to(np.sin(np.arange(10.0)), (2, 4, 10))
+    raised = stripes + np.arange(4.0)[:, None]
+    assert analysis.band_correlation(table_with(stripes), table_with(stripes + 3)) == pytest.approx(1)
+    assert analysis.band_correlation(table_with(stripes), table_with(raised)) > 0.9
+
+
+@pytest.mark.parametrize("similarity, start", [
+    ([0.1, 0.6, 0.9, 0.5, 0.7, 0.95, 0.4], 3),             # the paper's shape: up, dip, up, and a fall in the last layer
+    ([0.1, 0.6, 0.59, 0.6, 0.9, 0.5, 0.7, 0.3], 5),        # a ripple on the way up is no dip
+    ([0.1, 0.9, 0.3, 0.4, 0.2, 0.8], 4),                   # the lowest point of a wide dip
+    ([0.1, 0.2, 0.5, 0.8], None),                          # only up
+    ([0.1, 0.8, 0.5, 0.2], None),                          # only down after the maximum
+    ([0.9, 0.1, 0.3, 0.5], None),                          # the embedding is no early maximum
+])
+def test_stage_3_begins_in_the_deepest_dip(similarity, start):
+    assert analysis.stage_3(similarity) == start
 
 
 @pytest.mark.parametrize("variant", ["resformer", "nuresformer_vg", "exo", "exo_dynamic"])
@@ -313,7 +420,7 @@ def test_golden_attention():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shards of 200 validation tokens, and a run folder with one checkpoint for each of two variants."""
+    """Shards of 200 validation tokens, and a run folder with two checkpoints for each of three variants."""
     root = tmp_path_factory.mktemp("analysis")
     (root / "data").mkdir()
     tokens = np.random.default_rng(4).integers(0, 39, 200)
@@ -321,11 +428,14 @@ def folder(tmp_path_factory):
     for split in ("train", "val"):
         write_shard(str(root / "data" / f"tiny_{split}_000000.bin"), tokens)
     write_meta(str(root / "data"), {"tokenizer": "bytes"})
-    for variant in ("base", "exo_dynamic"):
-        model = tiny(variant)
+    for variant in ("base", "exo_dynamic", "nuresformer"):
         (root / variant).mkdir()
-        save_checkpoint(str(root / variant / "ckpt_000007.pt"),
-                        dict(model_config=vars(model.config), model=model.state_dict(), step=7))
+        for step, scale in ((3, 1.5), (7, 1.0)):
+            model = tiny(variant)
+            state = {name: scale * p for name, p in model.state_dict().items()}
+            save_checkpoint(str(root / variant / f"ckpt_{step:06d}.pt"),
+                            dict(model_config=vars(model.config), model=state, step=step,
+                                 train_config=dict(data=str(root / "data"), total_batch_size=1000)))
     return root
 
 
@@ -348,6 +458,72 @@ def test_table_2_writes_and_prints(folder, monkeypatch, capsys):
     assert all(number in line for number in ("0.0073", "0.8622", "752.1", ours))
 
 
+def rows_under(title, printed):
+    """{first cell: the other cells} of the printed table whose heading starts with `title`; rows of many letters are
+    kept under (first cell, letter)."""
+    lines = printed[printed.index(title):].split("\n\n")[0].splitlines()
+    found = {}
+    for cells in (line.split() for line in lines if line.split() and not line.startswith(title)):
+        found[(cells[0], cells[1]) if cells[1] in ("q", "k", "v", "g", "all") else cells[0]] = cells[1:]
+    return found
+
+
+def planted(**changes):
+    """A record of 30 layers as table2.py would have it, with known numbers."""
+    layers = 30
+    similarity = [0.1] + [0.5, 0.9, 0.8] + [0.6, 0.7, 0.8, 0.85, 0.9, 0.95] + [0.9] * 20 + [0.4]
+    lambdas = dict(layers=[1], anchor=[[[0.0005, 1.0, 1.0, 1.0]] * 2], current=[[[1.0, 1.0, 1.0, 1.0]] * 2])
+    use = dict(layers=[1], tokens=[1, 3], anchor=[[1.0, 1.0]], current=[[3.0, 3.0]])
+    record = dict(
+        label="mine", variant="exo", ablate_anchor=False, cross_entropy=3.0,
+        model_config=dict(n_layer=layers, n_embd=64, anchor="exogenous", anchor_norm="qkvg", granularity="elementwise"),
+        averages=dict(attention_sink=0.25, token_similarity=0.5, pca_core_features=12.0, attention_entropy=2.0,
+                      gate_mean=0.4, gate_sparsity=0.1),
+        by_layer=dict(token_similarity=similarity, pca_core_features=[60] + [20] * 29 + [33], gate_mean=[0.45] * layers),
+        hidden_similarity=[[1.0, 0.625, -0.125]], lambdas=dict(q=lambdas, k=lambdas), anchor_use=dict(q=use, k=use))
+    return {**record, **changes}
+
+
+def test_section_4_4_is_printed_beside_the_papers_numbers(capsys):
+    """Peak and its layer, where stage 3 starts and its share of the layers, PCA of the last layer and the least."""
+    table2.print_stages([planted()])
+    cells = rows_under("Section 4.4", capsys.readouterr().out)["mine"]
+    assert cells == ["0.950", "0.95", "9", "4", "0.90", "2/3", "33", "738", "20", "-"]
+    table2.print_stages([planted(ablate_anchor=True)])
+    cells = rows_under("Section 4.4", capsys.readouterr().out)["mine"]
+    assert cells[1] == "0.93" and cells[5:] == ["-", "33", "-", "20", "321"]
+
+
+def test_gates_lambdas_and_embedding_are_printed(capsys):
+    """The first layer's gate, Figure 3's claims by letter, the similarity to the embedding in every layer."""
+    for show in (table2.print_gates, table2.print_mixing, table2.print_embedding_similarity):
+        show([planted()])
+    printed = capsys.readouterr().out
+    assert rows_under("Attention entropy", printed)["mine"] == ["2.000", "0.400", "0.100", "0.450", "between"]
+    rows = rows_under("Lambdas", printed)
+    assert rows["mine", "q"] == ["q", "1.000", "0.250", "0.250", "0.000", "1.000"]
+    assert rows["mine", "k"][-1] == "-" and rows["mine", "all"] == ["all", "0.250"]
+    assert " 0.625 -0.125" in printed
+
+
+def test_near_zero_lambdas_are_compared_between_norms_alone(capsys):
+    """A model without anchor norms against those that differ from it in nothing else: its share over theirs."""
+    normed, plain = planted(), planted(label="plain", model_config={**planted()["model_config"], "anchor_norm": ""})
+    plain["lambdas"] = dict(q=dict(anchor=[[[0.0005, -0.0005, 0.0, 1.0]] * 2]))
+    other = planted(label="wide", model_config={**planted()["model_config"], "n_embd": 128})
+    table2.print_near_zero_ratio([normed, plain, other])
+    lines = capsys.readouterr().out.split("\n")
+    assert [line for line in lines if line] == [
+        "|lambda1| < 0.001: plain 0.7500 against mine 0.2500, 3.00 times (paper: about 3)"]
+
+
+@pytest.mark.parametrize("anchor, ablated, expected", [("exogenous", True, "0.93"), ("internal", True, "-"),
+                                                       ("exogenous", False, "0.95")])
+def test_the_papers_number_is_that_of_the_model_as_it_was_run(anchor, ablated, expected):
+    settings = {**planted()["model_config"], "anchor": anchor}
+    assert table2.paper(planted(model_config=settings, ablate_anchor=ablated), "peak") == expected
+
+
 @pytest.mark.parametrize("problem, flags", [
     ("would replace", ["--ckpt={root}/base/ckpt_000007.pt", "--ckpt={root}/base/ckpt_000007.pt"]),
     ("none of the checkpoints has an anchor", ["--ckpt={root}/base/ckpt_000007.pt", "--ablate_anchor"]),
@@ -357,9 +533,9 @@ def test_table_2_writes_and_prints(folder, monkeypatch, capsys):
     ("no val shard", ["--ckpt={root}/base/ckpt_000007.pt", "--data={root}/nowhere"]),
 ])
 def test_table_2_refuses_in_one_line(folder, monkeypatch, problem, flags):
-    with pytest.raises(SystemExit) as stop:                        # a flag given twice: the later one counts
+    with pytest.raises(UserError, match=problem) as stop:          # a flag given twice: the later one counts
         table2_here(monkeypatch, folder, *(flag.format(root=folder) for flag in flags))
-    assert problem in stop.value.code and "\n" not in stop.value.code and stop.value.code.startswith("table2.py: ")
+    assert "\n" not in str(stop.value)
 
 
 def test_ablation_leaves_out_what_has_no_anchor(folder, monkeypatch, capsys):
@@ -382,17 +558,59 @@ def test_perplexity_of_our_own_checkpoint(folder, monkeypatch, capsys):
     value, words = re.search(r"perplexity  ([\d.]+) (over \d+ windows of \d+)", capsys.readouterr().out).groups()
     assert float(value) == pytest.approx(expected, abs=1e-3) and words == f"over {len(rows)} windows of 12"
     monkeypatch.setattr(sys, "argv", ["perplexity.py", f"--ckpt={path}"])
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UserError, match="--data=DIR is needed"):
         perplexity.main()
 
 
-def test_json_has_no_infinities(tmp_path):
-    """A lambda2 of zero makes an infinite ratio; the file stays JSON, with null."""
-    model = tiny("exo_scalar")
-    model.layers[0].attn.mix["q"].lambda_current.data.zero_()
-    record = dict(label="x", **analysis.analyse(model, windows()))
-    saved = json.loads(pathlib.Path(table2.write_record(str(tmp_path), record)).read_text())
-    assert saved["lambdas"]["q"]["ratio_mean"][0] is None and saved["lambdas"]["q"]["ratio_mean"][1] is not None
+def test_use_over_training_is_that_of_each_checkpoint(folder):
+    """Tokens from the step and the run's batch, quantities of each checkpoint on its run's own first validation row;
+    an internal anchor's first layer has no share."""
+    tokens, use = usage.use_over_training(str(folder / "nuresformer"))
+    assert tokens.tolist() == [3000, 7000] and list(use) == list(usage.QUANTITIES)
+    for column, step in enumerate((3, 7)):
+        model = load_checkpoint(folder / "nuresformer" / f"ckpt_{step:06d}.pt")
+        record = analysis.analyse(model, analysis.validation_windows(str(folder / "data"), model.config, 1))
+        assert use["attention_sink"][:, column].tolist() == record["by_layer"]["attention_sink"]
+        assert use["pca_core_features"][:, column].tolist() == record["by_layer"]["pca_core_features"][1:]
+        shares = use["k"][:, column].tolist()
+        assert math.isnan(shares[0]) and shares[1:] == analysis.anchor_share(record["anchor_use"]["k"])[0].tolist()
+    assert not np.array_equal(use["gate_mean"][:, 0], use["gate_mean"][:, 1])
+
+
+def test_usage_prints_the_last_checkpoint_and_refuses_a_folder_without(folder, monkeypatch, capsys):
+    runs = [str(folder / name) for name in ("base", "exo_dynamic")]
+    monkeypatch.setattr(sys, "argv", ["usage.py", *runs])
+    usage.main()
+    rows = rows_under("Averages over layers", capsys.readouterr().out)
+    use = {run: usage.use_over_training(run)[1] for run in runs}
+    assert rows["base"][3:] == ["-"] * 5
+    assert rows["exo_dynamic"][4] == f"{use[runs[1]]['q'][:, 1].mean():.4f}"
+    monkeypatch.setattr(sys, "argv", ["usage.py", str(folder / "data")])
+    with pytest.raises(UserError, match="no checkpoint"):
+        usage.main()
+
+
+def test_exported_weights_come_back_bit_for_bit(folder, tmp_path, monkeypatch, capsys):
+    """safetensors and JSON give the model again; a tensor that changed in its last bit is named."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed (paper/requirements.txt)")
+    path = folder / "exo_dynamic" / "ckpt_000007.pt"
+    monkeypatch.setattr(sys, "argv", ["export.py", f"--ckpt={path}", f"--out={tmp_path}"])
+    export.main()
+    assert "exo_dynamic" in capsys.readouterr().out
+    model, back = load_checkpoint(path), export.load_exported(tmp_path)
+    assert torch.equal(back(windows()[:, :-1]), model(windows()[:, :-1])) and back.config == model.config
+    with torch.no_grad():
+        back.embed.weight[0, 0] = torch.nextafter(back.embed.weight[0, 0], torch.tensor(9.0))
+    assert export.different(model, back) == ["embed.weight"]
+    monkeypatch.setattr(export, "load_exported", lambda out: back)
+    with pytest.raises(UserError, match="embed.weight first"):
+        export.main()
+
+
+def test_export_without_safetensors_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install -r paper/requirements.txt"):
+        export.export(tiny("base"), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -404,7 +622,7 @@ def records():
     made["odd"] = tiny("exo", mix="qkv", anchor_norm="")
     found = [dict(label=name, **analysis.analyse(model, windows())) for name, model in made.items()]
     found.append(dict(label="cut", **analysis.analyse(made["exo_dynamic"], windows(), ablate_anchor=True)))
-    return json.loads(json.dumps(table2.finite(found)))
+    return json.loads(json.dumps(found))
 
 
 def test_styles_tell_everything_apart_in_black_and_white(records):
@@ -416,37 +634,72 @@ def test_styles_tell_everything_apart_in_black_and_white(records):
         assert (styles[one]["color"], styles[one]["marker"]) == (styles[other]["color"], styles[other]["marker"])
 
 
-def test_every_picture_is_drawn_and_labelled(records, tmp_path, monkeypatch):
-    """All pictures that the numbers allow, each panel with named axes or a heat map, no label over another."""
+@pytest.fixture
+def pages(monkeypatch):
+    """The pages that are drawn, as {file name: Page}; skips the test where matplotlib is not installed."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (paper/requirements.txt)")
-    pages, plain = [], figures.Page.finish
+    drawn, plain = {}, figures.Page.finish
 
-    def finish(page, folder, name):
-        path = plain(page, folder, name)
-        pages.append(name)
-        check_page(page)
-        return path
+    def finish(page, path):
+        drawn[pathlib.Path(path).stem] = page
+        return plain(page, path)
     monkeypatch.setattr(figures.Page, "finish", finish)
     monkeypatch.setattr(figures, "DPI", 50)
+    return drawn
+
+
+def test_every_picture_is_drawn_and_labelled(records, pages, tmp_path):
+    """All pictures that the numbers allow, each panel with named axes or a heat map, no label over another."""
     chosen = [record for record in records if record["label"] in ("base", "exo_scalar", "odd", "cut")]
     paths = list(figures.draw(chosen, str(tmp_path)))
     assert {pathlib.Path(path).read_bytes()[:4] for path in paths} == {b"\x89PNG"}
     assert sorted(pages) == sorted(
-        ["by_layer", "layers", "gates", "lambda_ratio", "gamma_cut", "lambda_map_exo_scalar", "lambda_map_odd"]
+        ["by_layer", "layers", "gates", "lambda_ratio", "anchor_use", "gamma_cut"]
+        + [f"{kind}_{label}" for kind in ("lambda_map", "anchor_use") for label in ("exo_scalar", "odd")]
         + [f"similarity_{record['label']}" for record in chosen])
+    for page in pages.values():
+        assert all(axes.get_xlabel() and axes.get_ylabel() for axes in panels(page))
+        assert not clashes(page)
 
 
-def check_page(page):
-    """Every panel in use is labelled, and no two tick labels, titles or axis labels of the page overlap."""
+def test_usage_picture_has_a_map_of_each_run_and_one_scale_for_each_column(folder, pages, tmp_path, monkeypatch):
+    """Rows are the runs; in each the quantities it has, as measured, and the limits of a column are shared."""
+    runs = [str(folder / name) for name in ("base", "nuresformer")]
+    monkeypatch.setattr(usage, "QUANTITIES", {name: usage.QUANTITIES[name] for name in ("attention_sink", "q", "g")})
+    monkeypatch.setattr(sys, "argv", ["usage.py", *runs, f"--png={tmp_path / 'usage.png'}"])
+    usage.main()
+    grid = pages["usage"].axes.reshape(2, -1)
+    assert [sum(axes.axison for axes in row) for row in grid] == [1, 3] and not clashes(pages["usage"])
+    for row, run in zip(grid, runs):
+        for axes, name in zip(row, usage.QUANTITIES):
+            if axes.axison:
+                shown = axes.images[0].get_array().filled(np.nan)
+                np.testing.assert_array_equal(shown, usage.use_over_training(run)[1][name])
+    assert all(len({axes.images[0].get_clim() for axes in column if axes.axison}) == 1 for column in grid.T)
+
+
+def test_names_of_a_map_lie_in_the_middle_of_their_parts(pages):
+    """Three heads of four channels: their names stand over channels 1.5, 5.5 and 9.5; of many rows some are named."""
+    axes = figures.Page(1, 1, "").axes[0]
+    figures.heat_map(axes, np.zeros((20, 12)), (0, 1), ["a", "b", "c"], range(20))
+    assert axes.get_xticks().tolist() == [1.5, 5.5, 9.5] and axes.get_yticks().tolist() == [0, 3, 6, 9, 12, 15, 18]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "3", "6", "9", "12", "15", "18"]
+
+
+def panels(page):
+    """The panels in use."""
+    return [axes for axes in page.axes if axes.axison]
+
+
+def clashes(page):
+    """Pairs of tick labels, titles or axis labels of the page that overlap."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    renderer = FigureCanvasAgg(page.figure).get_renderer()
-    texts = [page.figure._suptitle]
-    for axes in (axes for axes in page.figure.axes if axes.axison and axes in set(page.axes)):
-        assert axes.get_xlabel() and axes.get_ylabel() and (axes.lines or axes.images)
+    renderer, texts = FigureCanvasAgg(page.figure).get_renderer(), [page.figure._suptitle]
+    for axes in panels(page):
+        assert axes.lines or axes.images
         texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *shown_ticks(axes.xaxis), *shown_ticks(axes.yaxis)]
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
-    clashes = [(one, other) for i, (one, a) in enumerate(boxes) for other, b in boxes[:i] if a.overlaps(b)]
-    assert not clashes
+    return [(one, other) for i, (one, a) in enumerate(boxes) for other, b in boxes[:i] if a.overlaps(b)]
 
 
 def shown_ticks(axis):
@@ -458,7 +711,7 @@ def shown_ticks(axis):
 @pytest.mark.parametrize("content", ['{"label": "x"}', "5"])
 def test_figures_refuses_other_files(tmp_path, content):
     (tmp_path / "other.json").write_text(content)
-    with pytest.raises(UserError, match="not a file of paper/table2.py"):
+    with pytest.raises(UserError, match="not a file of this paper/table2.py, it lacks .*anchor_use"):
         figures.read_record(str(tmp_path / "other.json"))
 
 
@@ -468,127 +721,5 @@ def test_figures_refuses_two_files_of_one_label(records, tmp_path, monkeypatch):
     for path in paths:
         path.write_text(json.dumps(records[0]))
     monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, paths), f"--out={tmp_path / 'out'}"])
-    with pytest.raises(SystemExit, match="two files have the label base"):
+    with pytest.raises(UserError, match="two files have the label base"):
         figures.main()
-
-
-# ------------------------------------------------------------------------------------------------- released checkpoints
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    """The two golden layers as a released checkpoint file, its data folder, and dead tensors among the weights."""
-    root = tmp_path_factory.mktemp("release")
-    weights = {f"_orig_mod.{key}": tensor for key, tensor in GOLDEN["model"].items()}
-    weights["_orig_mod.lm_head.weight"] = torch.randn(96, 32, generator=torch.Generator().manual_seed(5))
-    settings = dict(block_size=24, n_head=99)                                            # n_head: not to be trusted
-    torch.save(dict(step=38146, model=weights, model_args=settings, optimizer={}), root / "theirs.pt")
-    tokens = np.random.default_rng(6).integers(0, 95, 24 * 5 + 1)
-    tokens[[0, 30, 31, 70]] = 95
-    for split in ("train", "val"):
-        write_shard(str(root / f"tiny_{split}_000000.bin"), tokens)
-    return root
-
-
-def test_unused_tensors_are_those_that_change_nothing(release):
-    """The names reported as ignored are exactly those whose destruction leaves the loaded model as it was."""
-    checkpoint, model = released.load(str(release / "theirs.pt"))
-    weights, changes = checkpoint["model"], {}
-    for key in weights:
-        spoiled = ExoFormer.from_released({**weights, key: weights[key] + 1}, block_size=24)
-        same = all(torch.equal(a, b) for a, b in zip(spoiled.state_dict().values(), model.state_dict().values()))
-        changes[key.removeprefix("_orig_mod.")] = not same
-    assert released.unused_tensors(checkpoint, model) == sorted(key for key, changed in changes.items() if not changed)
-    assert changes["transformer.layers.0.attn.v_norm.weight"] and not changes["transformer.layers.1.attn.v_norm.weight"]
-
-
-def test_perplexity_is_the_models_own_loss(release):
-    """exp of the model's own loss over all windows at once; masked, attention stays within documents."""
-    _, model = released.load(str(release / "theirs.pt"))
-    rows = analysis.validation_windows(str(release), model.config)
-    idx, targets = (torch.from_numpy(part.astype(int)) for part in (rows[:, :-1], rows[:, 1:]))
-    plain = model.loss(idx, targets)[0].item()
-    assert math.log(perplexity.perplexity(model, rows, 95, mask_documents=False)) == pytest.approx(plain, abs=1e-5)
-    masked = model.loss(idx, targets, (idx == 95).cumsum(1))[0].item()
-    assert math.log(perplexity.perplexity(model, rows, 95)) == pytest.approx(masked, abs=1e-5)
-    assert abs(masked - plain) > 1e-3
-
-
-def released_here(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["released.py", *map(str, args)])
-    released.main()
-
-
-def test_saved_model_is_the_released_one(release, monkeypatch, capsys, tmp_path):
-    """--save writes what load_checkpoint and table2.py take, with equal logits; the report names variant and doubts."""
-    released_here(monkeypatch, release / "theirs.pt", f"--save={tmp_path / 'new' / 'ours.pt'}")
-    printed = capsys.readouterr().out
-    ours, (_, theirs) = load_checkpoint(str(tmp_path / "new" / "ours.pt")), released.load(str(release / "theirs.pt"))
-    assert torch.equal(ours(GOLDEN["idx"]), theirs(GOLDEN["idx"])) and ours.config == theirs.config
-    for words in ("nuresformer, by its keys", "never against released weights", "2 tensors that"):
-        assert words in printed
-    with pytest.raises(SystemExit, match="is there already"):
-        released_here(monkeypatch, release / "theirs.pt", f"--save={tmp_path / 'new' / 'ours.pt'}")
-
-
-@pytest.mark.parametrize("variant", ["base", "gated"])
-def test_variant_of_a_released_model_without_anchor(variant):
-    """The keys of a model without lambdas do not tell their shape; it is still that row of Table 3."""
-    assert variant_name(tiny(variant, granularity="scalar").config) == variant
-
-
-@pytest.fixture
-def server(release, tmp_path):
-    """A web server on the folder of `release` that breaks the first connection half-way and knows Range requests."""
-    import http.server
-    import threading
-    seen = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            data, asked = (release / "theirs.pt").read_bytes(), self.headers.get("Range")
-            start = int(asked[6:-1]) if asked else 0
-            seen.append((self.path, start, self.headers.get("Authorization")))
-            self.send_response(206 if asked else 200)
-            self.send_header("Content-Length", str(len(data) - start))
-            self.end_headers()
-            self.wfile.write(data[start:start + 50_000] if len(seen) == 1 else data[start:])
-
-        def log_message(self, *args):
-            pass
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=web.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{web.server_port}", seen
-    web.shutdown()
-    web.server_close()
-
-
-def test_download_resumes_and_keeps_the_token_at_home(server, release, tmp_path, monkeypatch):
-    """A broken download goes on where it stopped; the hub's token goes to the hub alone; nothing is fetched twice."""
-    url, seen = server
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr(released, "CHUNK", 10_000)
-    path = released.fetch(f"{url}/files/a.pt?key=1", None, str(tmp_path), backoff=0.01)
-    assert pathlib.Path(path).read_bytes() == (release / "theirs.pt").read_bytes()
-    assert seen == [("/files/a.pt?key=1", 0, None), ("/files/a.pt?key=1", 49_999, None)]
-    assert released.fetch(f"{url}/files/a.pt?key=1", None, str(tmp_path)) == path and len(seen) == 2
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    released.fetch("somebody/models", "b.pt", str(tmp_path))
-    assert seen[2] == ("/somebody/models/resolve/main/b.pt", 0, "Bearer secret")
-
-
-def test_files_of_one_name_from_two_places_are_two_files(server, tmp_path, monkeypatch):
-    """All of the paper's models may be called ckpt_step:38146.pt; none must be taken for another, nor lead outside."""
-    monkeypatch.setenv("HF_ENDPOINT", server[0])
-    sources = [("somebody/one", "../a:1.pt"), ("somebody/two", "../a:1.pt"), (f"{server[0]}/x/a:1.pt", None)]
-    paths = [released.fetch(*source, str(tmp_path), backoff=0.01) for source in sources]
-    host = server[0].removeprefix("http://")
-    assert [os.path.relpath(path, tmp_path) for path in paths] == ["somebody/one/a:1.pt", "somebody/two/a:1.pt",
-                                                                   f"{host}/x/a:1.pt"]
-    assert len({path for path, *_ in server[1]}) == 3
-
-
-def test_released_refuses_in_one_line(folder, monkeypatch):
-    for path, problem in (("nosuch.pt", "no such file"), (folder / "base" / "ckpt_000007.pt", "own format already")):
-        with pytest.raises(SystemExit) as stop:
-            released_here(monkeypatch, path)
-        assert problem in stop.value.code and "\n" not in stop.value.code
