@@ -40,10 +40,16 @@ are computed in float32, and so is mixing where the parameters are.
 `python model.py` prints the table of variants; `python model.py --ckpt=PATH --prompt="Once"` samples from a checkpoint.
 """
 import argparse
+import contextlib
 import functools
+import importlib.util
 import math
+import os
 import pickle
 import re
+import shutil
+import subprocess
+import sysconfig
 import zipfile
 import zlib
 from dataclasses import dataclass, field, fields
@@ -280,7 +286,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)            # its masked backward has
 class Positions:
     """What every layer must know of positions, made once per forward: the RoPE tables and who may look at whom.
 
-    The `length` tokens are the newest of those that `cache` counts, if there is one. docs (B, length) holds each token's
+    The tokens are the newest of those that `cache` counts, if there is one. docs (B, length) holds each token's
     document number, and nobody sees into another document; positions are not reset at its start. The tables are
     computed here in float32 rather than stored, so that no cast of the model can spoil them.
     """
@@ -500,7 +506,7 @@ NORM_POSITION = {"pre": (RMSNorm, nn.Identity), "after": (nn.Identity, RMSNorm),
 
 
 class Block(nn.Module):
-    """x = x + Attn(norm(x)); x = x + MLP(norm(x)). By norm_position: "after" x + norm(f(x)), "both" x + norm(f(norm(x)))."""
+    """x + Attn(norm(x)), then x + MLP(norm(x)). norm_position="after": x + norm(f(x)); "both": x + norm(f(norm(x)))."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -633,6 +639,18 @@ def choose_device(name, among=("cuda", "mps", "cpu")):
     return usable[0] if name == "auto" else name
 
 
+def check_compiler(device):
+    """UserError where torch.compile would find no compiler: Triton builds a C extension, a CPU needs C++."""
+    names = [os.environ.get("CC", "gcc"), "clang"] if device == "cuda" else [os.environ.get("CXX", "g++"), "clang++"]
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    needs = {" or ".join(names): any(map(shutil.which, names))}
+    if device == "cuda":
+        needs |= {f"{header} (python3-dev)": os.path.exists(header), "triton": importlib.util.find_spec("triton")}
+    if missing := [name for name, there in needs.items() if not there]:
+        raise UserError(f"torch.compile needs {' and '.join(missing)}: install that, or run with --compile=false, "
+                        "slower and with more memory")
+
+
 class KVCache:
     """Rotated keys and mixed values of the tokens seen so far, (n_layer, B, max_len, H, D) each."""
 
@@ -710,13 +728,35 @@ def flops_per_token(model, length):
     return 6 * entries + 12 * model.config.n_layer * model.config.n_embd * length
 
 
+PEAK_FLOPS = {  # dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; MFU is n/a for others
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device):
+    """Peak bfloat16 FLOP/s of this machine's device; infinite where it is not known, so that a share of it is 0."""
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.inf)
+
+
+@functools.cache
+def git_revision():
+    """The commit of this code, or "unknown"."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
+
+
 FORMAT = 1                          # of the checkpoints that this version writes, and the newest that it reads
 
 
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain values so that a crash leaves the old file or the whole new one."""
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **checkpoint}, file)
+        torch.save({"format": FORMAT, "git_revision": git_revision(), "torch_version": str(torch.__version__),
+                    **checkpoint}, file)
 
 
 def read_checkpoint(path):
@@ -884,18 +924,14 @@ def print_variants():
               f"{perplexity:11.2f}")
 
 
-def print_samples(args):
-    """Continue args.prompt with the model of a checkpoint."""
-    device = choose_device(args.device)
-    model = load_checkpoint(args.ckpt, device).eval()
-    tokenizer = get_tokenizer(model.config.tokenizer)
-    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
-    idx = torch.tensor([prompt] * args.num_samples, device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    out = generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, tokenizer.eot, generator)
-    for row in out.tolist():
-        end = row.index(tokenizer.eot, len(prompt)) if tokenizer.eot in row[len(prompt):] else len(row)
-        print(tokenizer.decode(row[:end]), end="\n---\n")
+def continue_text(model, prompt, max_new_tokens, num_samples=1, temperature=0.8, top_k=50, seed=1337):
+    """Continuations of a text as a list of texts that begin with it; an empty prompt starts a new document."""
+    tokenizer, device = get_tokenizer(model.config.tokenizer), model.head.weight.device
+    prompt = tokenizer.encode(prompt) or [tokenizer.eot]
+    idx = torch.tensor([prompt] * num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    out = generate(model, idx, max_new_tokens, temperature, top_k, tokenizer.eot, generator)
+    return [tokenizer.decode([token for token in row if token != tokenizer.eot]) for row in out.tolist()]
 
 
 def main():
@@ -907,7 +943,7 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add")
     parser.add_argument("--num_samples", type=int, default=1, help="how many continuations")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token every time")
-    parser.add_argument("--top_k", type=int, default=200, help="choose among this many likeliest tokens")
+    parser.add_argument("--top_k", type=int, default=50, help="choose among this many likeliest tokens")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes the first there is")
     args = parser.parse_args()
@@ -917,7 +953,12 @@ def main():
                             (args.temperature < 0, "--temperature must not be negative")):
         if broken:
             parser.error(message)
-    print_samples(args) if args.ckpt else print_variants()
+    if not args.ckpt:
+        return print_variants()
+    model = load_checkpoint(args.ckpt, choose_device(args.device))
+    for text in continue_text(model, args.prompt, args.max_new_tokens, args.num_samples, args.temperature, args.top_k,
+                              args.seed):
+        say(f"{text}\n---")
 
 
 if __name__ == "__main__":

@@ -19,16 +19,11 @@ if __name__ == "__main__":                                  # Ctrl-C during the 
 
 import argparse
 import contextlib
-import difflib
 import functools
-import importlib.util
 import json
 import math
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 import time
 import typing
 from dataclasses import asdict, dataclass, fields, replace
@@ -39,9 +34,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (VARIANTS, Checked, ExoFormer, Linear, ModelConfig, check_format, choose_device, config_from, count_parameters,
-                   flops_per_token, generate, load_checkpoint, read_checkpoint, save_checkpoint, setting, variant_name,
-                   variant_settings)
+from model import (VARIANTS, Checked, ExoFormer, Linear, ModelConfig, check_compiler, check_format, choose_device,
+                   config_from, continue_text, count_parameters, flops_per_token, load_checkpoint, peak_flops,
+                   read_checkpoint, save_checkpoint, setting, variant_name, variant_settings)
 from muon import Muon, polar_express
 from prepare_fineweb import (Progress, UserError, clock, command_line, find_shards, fingerprint, get_tokenizer, locked,
                              read_meta, read_window, say, shard_tokens, write_default_shards)
@@ -120,16 +115,6 @@ MAY_CHANGE_ON_RESUME = set("""out_dir resume data device compile deterministic m
     sample_tokens""".split())
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an unknown flag or name says in one line which one was probably meant."""
-
-    def error(self, message):
-        unknown = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s=']+)", message)
-        names = [name for action in self._actions for name in (*action.option_strings, *(action.choices or ()))]
-        near = difflib.get_close_matches(unknown[1], names, 1) if unknown else []
-        self.exit(2, f"{self.prog}: {message}{f' (did you mean {near[0]}?)' if near else ''}; --help lists all flags\n")
-
-
 def true_or_false(text):
     """An argparse type for switches."""
     if text.lower() not in ("true", "false"):
@@ -137,28 +122,20 @@ def true_or_false(text):
     return text.lower() == "true"
 
 
-def number_or_none(text):
-    """An argparse type for a number that may be left to the code."""
-    return None if text.lower() == "none" else float(text)
-
-
 def parse_flags(argv):
     """(variant or None, preset or None, {flag: value} of the other flags that were given)."""
-    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--variant", choices=VARIANTS, default=None, metavar="NAME",
-                        help=f"row of Table 3 (default: exo_dynamic): {', '.join(VARIANTS)}")
-    parser.add_argument("--preset", choices=PRESETS, default=None, metavar="NAME",
-                        help="paper, small or smoke (default: paper where there are a CUDA device and the FineWeb "
-                             "shards, else smoke)")
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}; --help lists all flags\n")
+    parser.add_argument("--variant", choices=VARIANTS, default=None, help="row of Table 3 (default: exo_dynamic)")
+    parser.add_argument("--preset", choices=PRESETS, default=None,
+                        help="default: paper where there are a CUDA device and the FineWeb shards, else smoke")
     for config in (TrainConfig, ModelConfig):
         group = parser.add_argument_group(config.__name__)
         for f in (f for f in fields(config) if f.name != "tokenizer"):            # the data decide the tokenizer
-            parse = number_or_none if typing.get_args(f.type) else true_or_false if f.type is bool else f.type
-            among = f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
-            text = f"{f.metadata['help']}{among} (default: {f.default!r})".replace("%", "%%")
-            group.add_argument(f"--{f.name}", type=parse, help=text, choices=f.metadata["choices"],
-                               metavar=f.name.split("_")[-1].upper(),
-                               **(dict(nargs="?", const=True) if f.type is bool else {}))
+            kind = next(iter(typing.get_args(f.type)), f.type)                    # float | None is given as a float
+            switch = dict(type=true_or_false, nargs="?", const=True) if kind is bool else dict(type=kind)
+            group.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
+                               choices=f.metadata["choices"], **switch)
     given = vars(parser.parse_args(argv))
     return given.pop("variant"), given.pop("preset"), given
 
@@ -170,29 +147,19 @@ def default_preset():
 
 def fresh_settings(variant, preset, given):
     """(ModelConfig, TrainConfig) of a new run."""
-    variant, preset = variant or "exo_dynamic", preset or default_preset()
-    settings = variant_settings(variant, {**PRESETS[preset], **given})
+    preset = preset or default_preset()
+    settings = variant_settings(variant or "exo_dynamic", {**PRESETS[preset], **given})
     settings["data"] = settings.get("data") or choose_data(preset)
     find_shards(settings["data"], "train")                 # says what to do where there are none
     settings["tokenizer"] = read_meta(settings["data"])["tokenizer"]
     if preset != "paper" and "vocab_size" not in given:
         settings["vocab_size"] = 64 * math.ceil(get_tokenizer(settings["tokenizer"]).n_vocab / 64)
-    if settings.get("init_from"):
-        settings.update(settings_of_source(settings, given))
+    if path := settings.get("init_from"):
+        source = asdict(load_checkpoint(path).config)
+        asked = {**asked_for(variant, given), "tokenizer": settings["tokenizer"]}
+        asked = {name: value for name, value in asked.items() if name in source}
+        settings.update(changed(source, asked, {"block_size"}, f"the model in --init_from={path}"))
     return resolve(settings)
-
-
-def settings_of_source(settings, given):
-    """The model's settings in the checkpoint --init_from; UserError where the flags or the data want others."""
-    path = settings["init_from"]
-    source = asdict(load_checkpoint(path).config)
-    asked = {**{name: value for name, value in given.items() if name in source}, "tokenizer": settings["tokenizer"]}
-    shorter = asked.pop("block_size", source["block_size"])            # RoPE works at any length
-    for name, value in asked.items():
-        if value != source[name]:
-            raise UserError(f"--init_from={path} is a model with {name}={source[name]}, but {value} is asked for "
-                            f"by {'--data' if name == 'tokenizer' else f'--{name}'}")
-    return {**source, "block_size": shorter}
 
 
 def choose_data(preset):
@@ -200,8 +167,7 @@ def choose_data(preset):
     if preset != "smoke" and os.path.isdir(FINEWEB):
         return FINEWEB
     if preset == "paper":
-        raise UserError(f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB}; get them with: "
-                        "python prepare_fineweb.py")
+        raise UserError(f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB}: python prepare_fineweb.py")
     print0(f"NO --data: training on the source code of Python's standard library, byte by byte ({DEFAULT_DATA}).\n"
            "For real text: python prepare_fineweb.py, or its --input=FILES --out=DIR and then --data=DIR here")
     write_default_shards(DEFAULT_DATA)
@@ -220,52 +186,39 @@ def resolve(settings):
     config = replace(config, device=device, **{k: v for k, v in auto.items() if vars(config)[k] == "auto"})
     if config.compile == "true":
         check_compiler(device)
-    if device == "cpu" and "bfloat16" in config.dtype + config.muon_dtype:
-        warn_of_slow_bfloat16()
+    cpu = torch.backends.cpu.get_cpu_capability()
+    if device == "cpu" and "bfloat16" in config.dtype + config.muon_dtype and not cpu.startswith("AVX512"):
+        print0(f"SLOW: without bfloat16 instructions a CPU (this one: {cpu}) takes up to 250 times as long for a "
+               "matrix product as in float32; --dtype=float32 --muon_dtype=float32 avoids it")
     return model_config, config
 
 
-def check_compiler(device):
-    """UserError where torch.compile would find no compiler: Triton builds a C extension, a CPU needs C++."""
-    names = [os.environ.get("CC", "gcc"), "clang"] if device == "cuda" else [os.environ.get("CXX", "g++"), "clang++"]
-    needs = {" or ".join(names): any(map(shutil.which, names))}
-    if device == "cuda":
-        header = os.path.join(sysconfig.get_path("include"), "Python.h")
-        needs |= {f"{header} (Debian: python3-dev)": os.path.exists(header),
-                  "the package triton": importlib.util.find_spec("triton")}
-    if missing := [name for name, there in needs.items() if not there]:
-        raise UserError(f"torch.compile needs {' and '.join(missing)}: install that, or run with --compile=false "
-                        "(slower, and on a GPU with about twice the memory for activations)")
+def asked_for(variant, given):
+    """The settings that the flags name, by a variant or one by one; a variant does not insist on its n_layer."""
+    row = variant_settings(variant, given) if variant else given
+    return {name: value for name, value in row.items() if name != "n_layer" or name in given}
 
 
-def warn_of_slow_bfloat16():
-    """Say what bfloat16 costs on a CPU that has no instructions for it, from a product of each kind."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):           # the first two warm up
-        a, began = torch.ones(256, 256, dtype=dtype), time.perf_counter()
-        a @ a
-        seconds[dtype] = time.perf_counter() - began
-    times = seconds[torch.bfloat16] / seconds[torch.float32]
-    if times > 2:
-        print0(f"SLOW: bfloat16 matrix products take {times:.0f} times as long as float32 on this CPU; "
-               "--dtype=float32 --muon_dtype=float32 avoids them")
+def changed(old, asked, may_change, what):
+    """The settings `old` with those that are asked for; UserError for one that may not change in `what`."""
+    changes = {name: value for name, value in asked.items() if value not in (old[name], "auto")}
+    for name, value in changes.items():
+        if name not in may_change:
+            raise UserError(f"--{name}={value} does not fit {what}, which has {name}={old[name]}; drop it, or start "
+                            "anew in another --out_dir")
+    return {**old, **changes}
 
 
 def resumed_settings(variant, given, path, checkpoint):
     """(ModelConfig, TrainConfig) of a checkpoint and the flags given now. UserError where they make another run."""
-    trained = {name: value for name, value in checkpoint["train_config"].items() if name != "hellaswag_every"}   # gone
     check_format(checkpoint, path)
+    trained = {name: value for name, value in checkpoint["train_config"].items() if name != "hellaswag_every"}   # gone
     old = {**asdict(config_from(ModelConfig, checkpoint["model_config"], path)),
            **asdict(config_from(TrainConfig, trained, path))}
-    row = variant_settings(variant, given) if variant else given
-    asked = {name: value for name, value in row.items() if name != "n_layer" or "n_layer" in given}
-    changed = {name: value for name, value in asked.items() if value not in (old[name], "auto")}
-    for name in sorted(set(changed) - {"out_dir", "resume"}):
-        if name not in MAY_CHANGE_ON_RESUME:
-            raise UserError(f"--{name}={changed[name]} does not fit the run to resume, which has {name}={old[name]}; "
-                            "drop the flag, or start anew in another --out_dir")
-        print0(f"changed on resuming: {name} from {old[name]} to {changed[name]}; the rest may differ from the old run")
-    return resolve({**old, **changed})
+    new = changed(old, asked_for(variant, given), MAY_CHANGE_ON_RESUME, "the run to resume")
+    for name in sorted(name for name in new if new[name] != old[name] and name not in ("out_dir", "resume")):
+        print0(f"changed on resuming: {name} from {old[name]} to {new[name]}; the rest may differ from the old run")
+    return resolve(new)
 
 
 # ---------------------------------------------------------------------------------- 2 functions of step: rates and data
@@ -296,7 +249,7 @@ class Tokens:
 
     def __init__(self, folder, split, model_config):
         self.limit = min(get_tokenizer(model_config.tokenizer).n_vocab, model_config.vocab_size)
-        self.block_size, self.folder, self.split = model_config.block_size, folder, split
+        self.block_size = model_config.block_size
         self.paths = [str(path) for path in find_shards(folder, split)]
         self.counts = [shard_tokens(path) for path in self.paths]
         self.starts = np.cumsum([0] + [(count - 1) // self.block_size for count in self.counts])
@@ -313,9 +266,8 @@ class Tokens:
         start = int(i - self.starts[shard]) * self.block_size
         tokens = read_window(self.paths[shard], start, self.block_size + 1)
         if tokens.max() >= self.limit:
-            raise UserError(f"{self.paths[shard]}: token id {tokens.max()} is not among the {self.limit:,} of tokenizer "
-                            "and vocab_size; the shard is damaged or of another tokenizer "
-                            f"(python prepare_fineweb.py verify --out={self.folder})")
+            raise UserError(f"{self.paths[shard]}: token id {tokens.max()} is not below {self.limit}, the size of the "
+                            "vocabulary; damaged, or of another tokenizer (python prepare_fineweb.py verify --out=DIR)")
         return tokens
 
     def shuffled(self, seed, first, count):
@@ -333,7 +285,7 @@ def to_batch(windows, eot, config):
     return idx, targets, (idx == eot).cumsum(1) if config.mask_documents else None
 
 
-# ------------------------------------------------------------------------------------------------------ 3 many processes
+# ----------------------------------------------------------------------------------------------------- 3 many processes
 
 def init_processes(device):
     """Join the group that torchrun started."""
@@ -400,7 +352,7 @@ class Objective(nn.Module):
 
 
 def build_model(model_config, config):
-    """A model with initial weights: those of --init_from, or drawn on the CPU, so that a seed means the same anywhere."""
+    """A model with its initial weights: of --init_from, or drawn on the CPU, so that a seed means the same anywhere."""
     torch.manual_seed(config.seed)
     model = ExoFormer(model_config)
     if config.init_from:
@@ -518,15 +470,7 @@ class Stop:
         return self.problem or (signal.Signals(self.signal).name if self.signal else "--max_minutes" if late else "")
 
 
-# ------------------------------------------------------------------------------------------------- 6 step and evaluation
-
-def set_backends(config):
-    """PyTorch's global switches."""
-    if config.deterministic == "true":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-
+# ------------------------------------------------------------------------------------------------ 6 step and evaluation
 
 class Diverged(Exception):
     """The loss or the gradient is not finite."""
@@ -536,14 +480,16 @@ class Trainer:
     """Everything a step needs, and the step."""
 
     def __init__(self, model_config, config):
-        set_backends(config)
+        if config.deterministic == "true":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         self.model_config, self.config = model_config, config
         self.sequences = config.batch_size * WORLD_SIZE                    # of one forward pass on all processes
         self.accumulation, rest = divmod(config.total_batch_size, self.sequences * model_config.block_size)
         if rest or not self.accumulation:
             raise UserError(f"--total_batch_size={config.total_batch_size} is not a multiple of --batch_size="
-                            f"{config.batch_size} x --block_size={model_config.block_size} x {WORLD_SIZE} process(es) = "
-                            f"{self.sequences * model_config.block_size}")
+                            f"{config.batch_size} x --block_size={model_config.block_size} x {WORLD_SIZE} process(es)")
         self.tokenizer = get_tokenizer(model_config.tokenizer)
         self.train, self.val = (Tokens(config.data, split, model_config) for split in ("train", "val"))
         self.model = build_model(model_config, config)
@@ -576,7 +522,7 @@ class Trainer:
             loss, cross_entropy, z = self.objective(*to_batch(batch, self.tokenizer.eot, config))
             (loss / passes).backward()
             sums += torch.stack((cross_entropy.detach(), z.detach())).float() / passes
-        all_reduce_gradients(parameters)       # the compiled backward yields all gradients at its end: nothing to overlap
+        all_reduce_gradients(parameters)       # a compiled backward yields all of them at its end: nothing to overlap
         cross_entropy, z = all_reduce(sums).tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(cross_entropy + norm.item()):                  # looked at before a weight is touched
@@ -594,15 +540,13 @@ class Trainer:
         """One line on a step that is not finite: when, how fast, and which tensor is the first to blame."""
         sick = [f"weight {n}" for n, p in self.model.named_parameters() if not p.isfinite().all()]
         sick += [f"gradient of {n}" for n, p in self.model.named_parameters() if not p.grad.isfinite().all()]
-        return (f"step {self.step + 1}: loss {loss}, gradient norm {norm}, learning rates {rate * self.config.muon_lr:.3g} "
-                f"(Muon), {rate * self.config.adamw_lr:.3g} (AdamW); not finite first: "
-                f"{sick[0] if sick else 'only the sum over all gradients'} (of {len(sick)})")
+        return (f"step {self.step + 1}: loss {loss}, gradient norm {norm}, learning rates {rate:.3g} of their peaks; "
+                f"not finite first: {sick[0] if sick else 'only the sum over all gradients'} (of {len(sick)})")
 
     def evaluate(self, tokens, stop):
-        """Mean cross-entropy over the first `tokens` (0: all) of the validation split, as a log record; None if stopped.
+        """Mean cross-entropy over the first `tokens` (0: all) of the validation split: a log record, None if stopped.
 
-        It runs the very graph that trains, so that a compiled run compiles once; a batch is filled up with windows whose
-        targets do not count, and a process that has no window left goes through the motions with the others.
+        It runs the very graph that trains, so that a compiled run compiles once.
         """
         config, T = self.config, self.model_config.block_size
         n = min(len(self.val), math.ceil(tokens / T)) if tokens else len(self.val)
@@ -624,7 +568,8 @@ class Trainer:
                     val_ppl=math.exp(min(loss, 700.0)), val_bpb=loss / math.log(2) * count * T / n_bytes)
 
     def evaluate_batch(self, windows):
-        """(summed cross-entropy, number, bytes of text) of at most batch_size windows, float64; the first two a window."""
+        """(rows x mean cross-entropy, rows, bytes of text) of windows (rows, T + 1), in float64. The batch is filled up
+        with windows whose targets do not count."""
         rows, n_bytes = len(windows), self.tokenizer.n_bytes(windows[:, 1:].ravel())
         windows = np.pad(windows, ((0, self.config.batch_size - rows), (0, 0)))
         idx, targets, docs = to_batch(windows, self.tokenizer.eot, self.config)
@@ -637,7 +582,7 @@ class Trainer:
         rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if self.config.device == "cuda" else None)
         return dict(model_config=asdict(self.model_config), train_config=asdict(self.config), step=self.step,
                     tokens=self.step * self.config.total_batch_size, evaluated=self.evaluated, best_val=self.best_val,
-                    rng=rng, shards=self.shards, git_revision=git_revision(), torch_version=str(torch.__version__),
+                    rng=rng, shards=self.shards,
                     model=self.model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     @functools.cached_property
@@ -649,12 +594,10 @@ class Trainer:
         """Continue from what `state` returned. UserError where the data are not the same, KeyError, ValueError or
         RuntimeError where the checkpoint is not of this structure."""
         for split, new in self.shards.items():
-            old = checkpoint["shards"][split]
-            if [entry[:2] for entry in old] != [entry[:2] for entry in new] or any(
-                    entry[2:] not in ([], now[2:]) for entry, now in zip(old, new)):       # [] in an earlier version
-                raise UserError(f"--data={self.config.data}: the {split} shards are not those the run began with ("
-                                f"{len(old)} of {sum(entry[1] for entry in old):,} tokens then, {len(new)} of "
-                                f"{sum(entry[1] for entry in new):,} now, or other tokens); bring the old data back")
+            old = checkpoint["shards"][split]              # an earlier version recorded no checksum
+            if len(old) != len(new) or old != [entry[:len(before)] for entry, before in zip(new, old)]:
+                raise UserError(f"--data={self.config.data}: its {split} shards are not those that the run began with "
+                                f"({len(old)}, {sum(entry[1] for entry in old):,} tokens); bring the old data back")
         self.model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             for group in state["param_groups"]:
@@ -671,22 +614,7 @@ class Trainer:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
 
 
-@functools.cache
-def git_revision():
-    """The commit of this code, or "unknown"."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    return "unknown"
-
-
-# -------------------------------------------------------------------------------------------------------------- 7 report
-
-PEAK_FLOPS = {  # dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; MFU is n/a for others
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
-}
-
+# ------------------------------------------------------------------------------------------------------------- 7 report
 
 def announce(trainer):
     """What is about to happen, before it does."""
@@ -694,49 +622,33 @@ def announce(trainer):
     tokens, epoch = c.max_steps * c.total_batch_size, len(trainer.train) * m.block_size
     print0(f"model      {variant_name(m)}: {count_parameters(trainer.model):,} parameters, {m.n_layer} layers, "
            f"C {m.n_embd}, {m.n_head} heads, context {m.block_size}, vocabulary {m.vocab_size}")
-    kept = held = 0
     for optimizer in trainer.optimizers:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        print0(f"{type(optimizer).__name__:10s} {len(params)} tensors, {sum(p.numel() for p in params):,} numbers")
-        size, copies = sum(p.numel() * p.element_size() for p in params), 2 if isinstance(optimizer, Muon) else 3
-        kept, held = kept + copies * size, held + (copies + 1) * size      # weights and moments; gradients on top
-    print0(f"memory     {held / 1e9:.2f} GB for weights, gradients and moments, plus activations; "
-           f"a checkpoint has {kept / 1e9:.2f} GB")
+        size, moments = sum(p.numel() * p.element_size() for p in params) / 1e9, 1 if isinstance(optimizer, Muon) else 2
+        print0(f"{type(optimizer).__name__:10s} {len(params)} tensors, {sum(p.numel() for p in params):,} numbers: "
+               f"{size * (2 + moments):.3g} GB with gradients and moments, {size * (1 + moments):.3g} in a checkpoint")
     print0(f"data       {c.data}: {sum(trainer.train.counts):,} training tokens ({m.tokenizer}) in "
            f"{len(trainer.train.paths)} shards; documents {'masked' if c.mask_documents else 'not masked'}")
-    print0(f"budget     {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / epoch:.2f} epochs, "
-           f"{flops_per_token(trainer.model, m.block_size) * tokens:.3g} FLOPs")
+    print0(f"budget     {c.max_steps:,} steps x {c.total_batch_size:,} = {tokens:,} tokens, {tokens / epoch:.2f} "
+           f"epochs, {flops_per_token(trainer.model, m.block_size) * tokens:.3g} FLOPs")
     print0(f"device     {c.device} x {WORLD_SIZE}, {c.dtype} (Muon {c.muon_dtype}), {torch.get_num_threads()} threads, "
            f"{c.batch_size} sequences x {trainer.accumulation} accumulations; run folder {c.out_dir}")
     if c.compile == "true":
-        print0("compiling: the first evaluation starts when that is done, which can take some minutes")
+        print0("compiling, which can take some minutes")
 
 
 def progress_line(trainer, record, seconds_left):
     """One line for a person from the log record of a step."""
     config, seconds = trainer.config, record["ms"] / 1000
-    name = torch.cuda.get_device_name() if config.device == "cuda" else ""
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.inf)
     rate = config.total_batch_size / seconds
-    mfu = rate * flops_per_token(trainer.model, trainer.model_config.block_size) / peak / WORLD_SIZE
+    flops = rate * flops_per_token(trainer.model, trainer.model_config.block_size) / WORLD_SIZE
+    mfu = flops / peak_flops(config.device)
     return (f"step {record['step']:6d}/{config.max_steps} | loss {record['loss']:.4f} | z {record['z']:7.2f} | "
             f"norm {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['ms']:7.1f} ms | {rate:10,.0f} tok/s | "
             f"MFU {f'{mfu:.1%}' if mfu else 'n/a'} | ETA {clock(seconds_left)}")
 
 
-def sample(trainer):
-    """Text that the model writes from the start of a document, with a generator of its own; "" where it cannot."""
-    config, eot = trainer.config, trainer.tokenizer.eot
-    if not config.sample_tokens or eot >= trainer.model_config.vocab_size:
-        return ""
-    idx = torch.tensor([[eot]], device=config.device)
-    with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        out = generate(trainer.model, idx, config.sample_tokens, temperature=0.8, top_k=50, stop_token=eot,
-                       generator=torch.Generator(config.device).manual_seed(config.seed))
-    return trainer.tokenizer.decode([t for t in out[0, 1:].tolist() if t != eot])
-
-
-# ---------------------------------------------------------------------------------------------------------------- 8 main
+# --------------------------------------------------------------------------------------------------------------- 8 main
 
 def due(step, every):
     """Whether something that happens every so many steps (0: never) happens after this one."""
@@ -762,7 +674,8 @@ def run(trainer, folder, stop):
             record = trainer.evaluate(config.final_eval_tokens if last else config.eval_tokens, stop)
             if record is None:
                 continue                                                   # stopped: leave by the top
-            write(folder, record)
+            if RANK == 0:
+                folder.write(record)
             print0(f"step {step:6d} | validation loss {record['val_loss']:.4f}, perplexity {record['val_ppl']:.2f}, "
                    f"{record['val_bpb']:.4f} bits per byte")
         if last:
@@ -772,16 +685,11 @@ def run(trainer, folder, stop):
         step_began = time.monotonic()
         record = trainer.update(windows)
         record["ms"] = round(1000 * (time.monotonic() - step_began), 3)
-        write(folder, record)
+        if RANK == 0:
+            folder.write(record)
         if due(trainer.step, config.log_every) or trainer.step == config.max_steps:
             each = (time.monotonic() - began) / (trainer.step - first)
             print0(progress_line(trainer, record, each * (config.max_steps - trainer.step)))
-
-
-def write(folder, record):
-    """A line of log.jsonl, by the first process."""
-    if RANK == 0:
-        folder.write(record)
 
 
 def save(trainer, folder, needed):
@@ -832,13 +740,14 @@ def continue_newest(paths, variant, given):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, UserError) or "memory" in str(error):
                 raise
-            print0(f"skipped: {path} is not the whole state of a run ({type(error).__name__}: {str(error).strip()[-80:]})")
+            why = f"{type(error).__name__}: {str(error).strip()[-80:]}"
+            print0(f"skipped: {path} is not the whole state of a run ({why})")
     raise UserError(f"{given['out_dir']}: --resume found no whole checkpoint there; start anew in another --out_dir")
 
 
 def conclude(trainer, stopped, problem):
     """The last lines of a run: what came out and which command comes next."""
-    out_dir, max_steps = trainer.config.out_dir, trainer.config.max_steps
+    out_dir, gpt2 = trainer.config.out_dir, trainer.model_config.tokenizer == "gpt2"
     start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
     again = f"{start} train.py --resume --out_dir={out_dir}"
     if problem:
@@ -846,14 +755,14 @@ def conclude(trainer, stopped, problem):
     if stopped:
         print0(f"stopped by {stopped} after step {trainer.step}, saved. Continue with:\n  {again}")
         return
-    checkpoint, gpt2 = f"{out_dir}/ckpt_{trainer.step:06d}.pt", trainer.model_config.tokenizer == "gpt2"
-    if text := sample(trainer):
-        print0(f"sample:\n{text}\n")
+    if trainer.config.sample_tokens and RANK == 0:
+        with torch.autocast(trainer.config.device, torch.bfloat16, enabled=trainer.config.dtype == "bfloat16"):
+            print0(f"sample:\n{continue_text(trainer.model, '', trainer.config.sample_tokens)[0]}\n")
+    checkpoint = f"--ckpt={out_dir}/ckpt_{trainer.step:06d}.pt"
     print0(f"done: {trainer.step} steps, best validation loss {trainer.best_val:.4f}. Next:\n"
-           f"  python model.py --ckpt={checkpoint} --prompt=\"{'Once upon a time' if gpt2 else 'def '}\"\n"
-           f"  {again} --max_steps={2 * max_steps}")
-    if gpt2:
-        print0(f"  python eval_hellaswag.py --ckpt={checkpoint}")
+           f"  python model.py {checkpoint} --prompt=\"{'Once upon a time' if gpt2 else 'def '}\"\n"
+           + (f"  python eval_hellaswag.py {checkpoint}\n" if gpt2 else "")
+           + f"  {again} --max_steps={2 * trainer.step}")
 
 
 def main():
@@ -863,8 +772,8 @@ def main():
     try:
         stopped = run(trainer, folder, stop)
     except Diverged as error:
-        print0(f"train.py: not finite at {error}. Nothing was saved from it: lower the learning rates, and --resume from "
-               "the last checkpoint, or start anew in another --out_dir")
+        print0(f"train.py: not finite at {error}. Nothing was saved from it: lower the learning rates, and --resume "
+               "from the last checkpoint, or start anew in another --out_dir")
         return 3
     conclude(trainer, stopped, stop.problem)
     if WORLD_SIZE > 1:
