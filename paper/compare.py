@@ -1,33 +1,40 @@
 """
-Compare runs of train.py by their logs: Figure 1b (validation loss over tokens), the final table, and how many fewer
-tokens a variant needs to reach a baseline's final loss (the abstracts: 1.84x for `base`, 1.5x for `gated`).
+Compare runs of train.py by their logs: the table of validation losses beside the paper's perplexities, Figure 1b (loss
+over tokens), and how many fewer tokens reach a baseline's final loss (the abstracts: 1.84x for base, 1.5x for gated).
 
-    python paper/compare.py out/paper-base out/paper-gated out/paper-exo_dynamic --png=figure_1b.png --out=compare.json
-    python paper/compare.py out/paper-gated out/paper-exo_dynamic --baseline=gated
+    python paper/compare.py out/paper-base out/paper-gated out/paper-exo --png=figure_1b.png --out=runs.jsonl
+    python paper/compare.py runs.jsonl --png=figure_1b.png       the same from the file that --out wrote
 
-Runs that differ in their seed alone are one row and one curve: the mean, with the spread beside it. What else runs of
-one variant differ in (optimizer, lambda_init, ...) becomes part of their names.
+Runs that differ in their seed alone are one row and one curve: the mean, with the spread beside it. A row's name is its
+variant and what it was trained with, where that is not the default and other rows of the variant have it otherwise. A
+file of --out holds one run a line: settings, evaluations, commit, torch version, machine and command. The machine is
+the one that writes the file, so write it where the runs were trained.
 """
-
 import argparse
+import functools
 import glob
 import importlib.util
 import json
 import math
 import os
 import pickle
+import platform
 import re
+import shlex
 import statistics
+import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+sys.path.insert(0, ROOT)
 
-from model import VARIANTS, ExoFormer, ModelConfig, count_parameters, variant_name
-from prepare_fineweb import UserError, atomic_write
+from model import TABLE_3, VARIANTS, ExoFormer, ModelConfig, count_parameters, variant_name
+from prepare_fineweb import UserError, atomic_write, command_line
+from train import TrainConfig
 
 # --------------------------------------------------------------------------------------------------------------- 1 runs
 
@@ -38,136 +45,228 @@ WHAT_IS_MEASURED = "data tokenizer vocab_size block_size mask_documents eval_tok
 
 @dataclass
 class Run:
-    """One run folder. points {tokens: validation loss}; settings, variant, parameters are its newest checkpoint's."""
-
-    folder: str
-    settings: dict
+    """One run, a line of --out. variant: a row of Table 3, "" where neither the folder's name nor the configuration
+    tells; step, tokens: how far it came; points: [[tokens, validation loss]]; origin: commit, torch, machine, ..."""
+    name: str
     variant: str
+    settings: dict
     parameters: int | None
-    points: dict
-    tokens: int
     step: int
-    tokens_per_second: float
-
-    @property
-    def name(self):
-        return os.path.basename(os.path.normpath(self.folder))
+    tokens: int
+    points: list
+    diverged: bool
+    origin: dict
 
     @property
     def finished(self):
-        return self.step >= self.settings.get("max_steps", self.step)
+        """Whether the last step was taken and evaluated."""
+        return self.step >= self.settings.get("max_steps", self.step) and self.points[-1][0] == self.tokens
 
     @property
-    def last(self):
+    def loss(self):
         """The last validation loss."""
-        return list(self.points.values())[-1]
+        return self.points[-1][1]
+
+    @property
+    def seed(self):
+        return self.settings.get("seed")
 
     @property
     def experiment(self):
         """What repetitions of a run share: all settings but the seed and those that only steer the run."""
         shared = {name: value for name, value in self.settings.items() if name not in NOT_THE_EXPERIMENT}
-        return json.dumps(shared, sort_keys=True) if shared else self.folder
+        return json.dumps(shared, sort_keys=True) if shared else self.name
 
-    def comparable(self):
-        """points on the same validation tokens: without the last, where --final_eval_tokens made it another set."""
-        last_differs = self.finished and self.settings.get("eval_tokens") != self.settings.get("final_eval_tokens")
-        return {tokens: loss for tokens, loss in self.points.items() if not (last_differs and tokens == self.tokens)}
+    def curve(self):
+        """[(tokens, loss)] on the same validation tokens: without the last where --final_eval_tokens differs."""
+        differs = self.finished and self.settings.get("eval_tokens") != self.settings.get("final_eval_tokens")
+        return [(tokens, loss) for tokens, loss in self.points if not (differs and tokens == self.tokens)]
 
 
-def read_log(folder):
-    """The records of folder/log.jsonl. A last line that a kill cut short is left out; UserError for any other."""
-    path = os.path.join(folder, "log.jsonl")
-    try:
-        with open(path) as file:
-            lines = file.read().split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the run folders of train.py") from None
+def read_lines(path):
+    """The JSON objects in a file, one a line. A last line that a kill cut short is left out; UserError for another."""
     records = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line end is empty or torn
+    with open(path) as file:
+        lines = file.read().split("\n")
+    for number, line in enumerate(lines[:-1], 1):                              # what follows the last line end is torn
         try:
             records.append(json.loads(line))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not a JSON record ({error}); remove that line") from None
-    if not any("val_loss" in record for record in records):
-        raise UserError(f"{path}: no evaluation in it yet; wait for the first, or leave this run out")
     return records
 
 
-def read_settings(folder):
-    """All settings in the newest checkpoint that can be opened, {} where there is none; loads no weights."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), reverse=True)
-    for path in paths:
+def read_log(folder):
+    """The records of a run's log.jsonl, in order: a step has a "loss", an evaluation a "val_loss" (in older logs the
+    evaluation is in the record of its step). UserError where it cannot be read."""
+    try:
+        return read_lines(os.path.join(folder, "log.jsonl"))
+    except OSError as error:
+        raise UserError(f"{folder}: no log.jsonl to read ({error.strerror}); give run folders of train.py") from None
+
+
+def read_state(folder):
+    """The newest checkpoint that can be opened, its tensors left on the disk; {} where there is none."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), reverse=True):
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return {**checkpoint["train_config"], **checkpoint["model_config"]}
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
             print(f"skipped: {path} cannot be opened ({type(error).__name__})", file=sys.stderr)
     return {}
 
 
+def settings_of(state):
+    """All settings in a checkpoint; {} for none."""
+    return {**state.get("train_config", {}), **state.get("model_config", {})}
+
+
+@functools.cache
+def circumstances(device="cpu"):
+    """{machine, torch, commit, command} of this process: what a measured figure means nothing without."""
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):                                                       # Linux knows the model
+        with open("/proc/cpuinfo") as file:
+            processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
+    machine = (torch.cuda.get_device_name() if device == "cuda" else
+               f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    return dict(machine=machine, torch=str(torch.__version__), commit=commit or "unknown",
+                command=shlex.join(["python", f"paper/{os.path.basename(sys.argv[0])}", *sys.argv[1:]]))
+
+
 def read_run(folder):
-    """The Run in a folder. UserError where its log cannot be used."""
-    records, settings = read_log(folder), read_settings(folder)
-    variant, parameters = "", None
+    """The Run in a folder of train.py. UserError where its log cannot be used."""
+    records, state = read_log(folder), read_state(folder)
+    points = [[record["tokens"], record["val_loss"]] for record in records if "val_loss" in record]
+    if not points:
+        raise UserError(f"{folder}: its log has no evaluation yet; wait for the first, or leave this run out")
+    settings, name = settings_of(state), os.path.basename(os.path.normpath(folder))
+    variant, parameters = name.split("-")[0], None                                        # sweep.py names folders so
     if settings:
-        config = ModelConfig(
-            **{name: value for name, value in settings.items() if name in ModelConfig.__dataclass_fields__}
-        )
+        config = ModelConfig(**{key: settings[key] for key in settings if key in ModelConfig.__dataclass_fields__})
         with torch.device("meta"):
             parameters = count_parameters(ExoFormer(config))
-        name = variant_name(config)
-        variant = "" if name == "custom" else name
-    rates = [record["tokens"] / record["step"] / record["ms"] * 1000 for record in records if record.get("ms")]
-    points = {record["tokens"]: record["val_loss"] for record in records if "val_loss" in record}
-    return Run(folder, settings, variant, parameters, points, records[-1]["tokens"], records[-1]["step"],
-               statistics.median(rates) if rates else math.nan)
+        variant = variant if variant in VARIANTS else variant_name(config)
+    origin = {**circumstances(settings.get("device")), "commit": state.get("git_revision", "unknown")[:12],
+              "torch": state.get("torch_version", "unknown")}
+    return Run(name, variant if variant in VARIANTS else "", settings, parameters, records[-1]["step"],
+               records[-1]["tokens"], points, "diverged" in records[-1], origin)
+
+
+def read_runs(path):
+    """[Run] of a run folder, or of a .jsonl file that --out wrote. UserError where it is neither."""
+    try:
+        return [Run(**record) for record in read_lines(path)] if path.endswith(".jsonl") else [read_run(path)]
+    except TypeError as error:
+        raise UserError(f"{path}: not a file that --out wrote ({error})") from None
+
+
+def write_runs(runs, path):
+    """Write --out: a line a run, so that a file under version control grows by lines."""
+    with atomic_write(path) as file:
+        file.writelines(f"{json.dumps(asdict(run))}\n".encode() for run in runs)
+
+
+# ------------------------------------------------------------------------------------------------------------- 2 groups
 
 
 @dataclass
 class Group:
-    """The runs of one experiment, which differ in their seeds."""
-
-    label: str
+    """The runs of one experiment, which differ in their seeds. changes: {setting: value} that tell it from others."""
+    variant: str
+    changes: dict
     runs: list
 
     @property
-    def variant(self):
-        return self.runs[0].variant
+    def label(self):
+        """The name of the row; of no known variant, that of its first folder without the seed."""
+        changes = [f"{name}={'none' if value == '' else value}" for name, value in self.changes.items()]
+        return " ".join([self.variant, *changes]) if self.variant else re.sub(r"-seed\d+$", "", self.runs[0].name)
+
+    @property
+    def settings(self):
+        return self.runs[0].settings
+
+    @property
+    def loss(self):
+        """(mean of the last validation losses, standard deviation)."""
+        return mean_and_spread([run.loss for run in self.runs])
+
+    @property
+    def paper(self):
+        """The paper's perplexity for this row of Table 3; None for what is no such row."""
+        return TABLE_3[self.variant][1] if self.variant and not self.changes else None
 
     def curve(self):
         """[(tokens, mean loss, lowest, highest)] where all runs were evaluated, on the same validation tokens."""
-        curves = [run.comparable() for run in self.runs]
-        at = sorted(set.intersection(*map(set, curves)))
-        several = [[curve[tokens] for curve in curves] for tokens in at]
-        return [(tokens, statistics.fmean(losses), min(losses), max(losses)) for tokens, losses in zip(at, several)]
+        curves = [dict(run.curve()) for run in self.runs]
+        everywhere = sorted(set.intersection(*map(set, curves)))
+        several = [(tokens, [curve[tokens] for curve in curves]) for tokens in everywhere]
+        return [(tokens, statistics.fmean(losses), min(losses), max(losses)) for tokens, losses in several]
+
+
+def mean_and_spread(values):
+    """(mean, standard deviation) of a list; None for what takes more values than there are."""
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
 
 
 def group_runs(runs):
-    """[Group], in the order given; a label is the variant and whatever tells its experiments apart."""
-    members = defaultdict(list)
+    """[Group] in the order of their first runs. UserError for one experiment twice with one seed."""
+    members, rivals = defaultdict(list), defaultdict(list)
     for run in runs:
         for twin in members[run.experiment]:
-            if twin.settings.get("seed") == run.settings.get("seed"):
-                raise UserError(f"{twin.folder} and {run.folder} are one experiment with one seed; give one of them")
+            if twin.seed == run.seed:
+                raise UserError(f"{twin.name} and {run.name} are one experiment with one seed; give one of them")
         members[run.experiment].append(run)
-    by_variant = defaultdict(list)
-    for some in members.values():
-        by_variant[some[0].variant].append(some[0].settings)
-    return [Group(label_of(some[0], by_variant[some[0].variant]), some) for some in members.values()]
+        rivals[run.variant].append(run.settings)
+    return [Group(some[0].variant, changes_of(some[0], rivals[some[0].variant]), some) for some in members.values()]
 
 
-def label_of(run, rivals):
-    """The variant, and the settings in which its runs differ; for no known variant the folder's name, seedless."""
-    if not run.variant:
-        return re.sub(r"-seed\d+$", "", run.name)
-    names = [name for name in run.settings if name not in NOT_THE_EXPERIMENT]
-    telling = [name for name in names if len({repr(settings.get(name)) for settings in rivals}) > 1]
-    return " ".join(
-        [run.variant] + [f"{name}={run.settings[name] if run.settings[name] != '' else 'none'}" for name in telling]
-    )
+def changes_of(run, rivals):
+    """{setting: value} that is not the default, and that either contradicts the variant's row of Table 3 or is not
+    shared by all `rivals`, the settings of the variant's runs."""
+    row = {name: value for name, value in VARIANTS.get(run.variant, {}).items() if name != "n_layer"}
+    usual = {**vars(TrainConfig()), **vars(ModelConfig()), **row}
+    return {name: value for name, value in run.settings.items()
+            if name not in NOT_THE_EXPERIMENT and value != usual.get(name)
+            and (name in row or any(settings.get(name) != value for settings in rivals))}
 
 
-# ------------------------------------------------------------------------------------------------------------ 2 figures
+# ------------------------------------------------------------------------------------------------------------ 3 figures
+
+FIRST = "first of its variant"                             # in an ablation of sweep.py that trained as the paper says
+BASELINES = ("base", "gated", FIRST)
+
+
+def baseline_of(group, groups, name):
+    """The group that one of BASELINES means for this one: of several the one with the same changes, else the first.
+    None where that is the group itself, or nothing."""
+    named = [other for other in groups if other.variant == (group.variant if name == FIRST else name)]
+    alike = [other for other in named if other.changes == group.changes and name != FIRST]
+    found = next(iter(alike + named), None)
+    return None if found is group else found
+
+
+def measured_otherwise(group, baseline):
+    """The settings that make a loss of `group` another quantity than one of `baseline`."""
+    return [name for name in WHAT_IS_MEASURED if group.settings.get(name) != baseline.settings.get(name)]
+
+
+def twins(group, baseline):
+    """[(run of the group, run of the baseline)] of equal seeds, which read equal data in equal order."""
+    if not baseline or measured_otherwise(group, baseline):
+        return []
+    return [(mine, other) for mine in group.runs for other in baseline.runs if mine.seed == other.seed]
+
+
+def difference(group, baseline):
+    """(mean, its standard error) of loss - baseline's loss over equal seeds, None for what cannot be had. Only of runs
+    that have come equally far: the last evaluation may be on more tokens than those before."""
+    losses = [mine.loss - other.loss for mine, other in twins(group, baseline)
+              if (mine.tokens, mine.finished) == (other.tokens, other.finished)]
+    mean, spread = mean_and_spread(losses)
+    return mean, None if spread is None else spread / math.sqrt(len(losses))
 
 
 def tokens_to_reach(curve, level):
@@ -183,104 +282,100 @@ def tokens_to_reach(curve, level):
     return None
 
 
-def token_ratio(group, baseline):
-    """The baseline's tokens / tokens at which this group's mean has the baseline's last loss; None if never."""
-    base, mine = ([(tokens, loss) for tokens, loss, _, _ in g.curve()] for g in (baseline, group))
-    reached = tokens_to_reach(mine, base[-1][1]) if base else None
-    return base[-1][0] / reached if reached else None
+def token_ratios(group, baseline):
+    """For each equal seed the baseline's tokens / tokens at which this group's run has the baseline's last loss, None
+    where it never has."""
+    ends = [(mine.curve(), *other.curve()[-1]) for mine, other in twins(group, baseline) if other.curve()]
+    reached = [(tokens, tokens_to_reach(curve, level)) for curve, tokens, level in ends]
+    return [None if own is None else tokens / own if own else math.inf for tokens, own in reached]
 
 
-def measured_otherwise(group, baseline):
-    """The settings that make a loss of `group` another quantity than one of `baseline`."""
-    return [name for name in WHAT_IS_MEASURED
-            if group.runs[0].settings.get(name) != baseline.runs[0].settings.get(name)]
+def spearman(a, b):
+    """Spearman's rank correlation of two lists: Pearson's of their ranks, where equal values share their mean rank."""
+    ranks = [[sum(y < x for y in values) + (values.count(x) + 1) / 2 for x in values] for values in (a, b)]
+    return statistics.correlation(*ranks)
 
 
-def difference(group, baseline):
-    """(mean, its standard error) of loss - baseline's loss over equal seeds, which read equal data; or None. Only of
-    runs that have come equally far: the last evaluation may be on more tokens than those before."""
-    far = {(run.settings.get("seed"), run.tokens, run.finished): run.last for run in baseline.runs}
-    mine = {(run.settings.get("seed"), run.tokens, run.finished): run.last for run in group.runs}
-    pairs = [loss - far[key] for key, loss in mine.items() if key in far]
-    if not pairs:
-        return None, None
-    return statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+def agreement(groups):
+    """A line with the rank correlation of our losses with the paper's perplexities: of the means and of each seed."""
+    rows = [group for group in groups if group.paper]
+    if len({group.paper for group in rows}) < 3:
+        return
+    paper, by_seed = [group.paper for group in rows], [{run.seed: run.loss for run in group.runs} for group in rows]
+    found = [f"{spearman([group.loss[0] for group in rows], paper):+.2f} (means)"]
+    found += [f"{spearman([losses[seed] for losses in by_seed], paper):+.2f} (seed {seed})"
+              for seed in by_seed[0] if all(seed in losses for losses in by_seed)]
+    yield f"rank correlation (Spearman) of val loss with the paper's perplexity, {len(rows)} rows: {', '.join(found)}"
 
 
-def find_baseline(groups, asked):
-    """The group whose label or variant is `asked`; where nothing is, `base` or else the first."""
-    named = [g for g in groups if g.label == (asked or "base")] + [g for g in groups if g.variant == (asked or "base")]
-    if asked and not named:
-        raise UserError(f"--baseline={asked}: no run is of it; there are {', '.join(g.label for g in groups)}")
-    return (named or groups)[0]
+# -------------------------------------------------------------------------------------------------------------- 4 table
 
 
-def rows_of(groups, baseline):
-    """The table as a list of dicts, one per group."""
-    return [row_of(group, baseline) for group in groups]
+def show(value, style="{:.4f}", spread=None):
+    """A cell: the value, with its spread or error where there is one; "-" for None."""
+    more = "" if spread is None else f" +- {style.format(spread).lstrip('+')}"
+    return "-" if value is None else style.format(value) + more
 
 
-def row_of(group, baseline):
-    """One line of the table. spread, difference and token_ratio are None where there is nothing to compare."""
-    losses, same = [run.last for run in group.runs], not measured_otherwise(group, baseline)
-    speed = statistics.fmean(run.tokens_per_second for run in group.runs)
-    mean_difference, error = difference(group, baseline) if same and group is not baseline else (None, None)
-    return {"label": group.label, "variant": group.variant, "runs": len(group.runs),
-            "parameters": group.runs[0].parameters, "layers": group.runs[0].settings.get("n_layer"),
-            "tokens": min(run.tokens for run in group.runs), "val_loss": statistics.fmean(losses),
-            "spread": statistics.stdev(losses) if len(losses) > 1 else None,
-            "val_ppl": math.exp(statistics.fmean(losses)), "difference": mean_difference, "difference_error": error,
-            "token_ratio": token_ratio(group, baseline) if same else None,
-            "tokens_per_second": speed if math.isfinite(speed) else None}
+def show_ratios(ratios):
+    """A cell: mean and spread over the seeds, and how many of them never reached the baseline's loss."""
+    reached = [ratio for ratio in ratios if ratio]
+    never = [f"never in {len(ratios) - len(reached)} of {len(ratios)}"] * (len(reached) < len(ratios))
+    mean, spread = mean_and_spread(reached)
+    return ", ".join([show(mean, "{:.2f}x", spread)] * bool(reached) + never) or "-"
 
 
-def show(value, style="{:.4f}"):
-    return "-" if value is None else style.format(value)
+def cells_of(group, groups):
+    """{heading: text} of a group's line in the table."""
+    cells = {"variant": group.label, "runs": f"{len(group.runs)}", "layers": show(group.settings.get("n_layer"), "{}"),
+             "parameters": show(group.runs[0].parameters, "{:,}"), "tokens": f"{min(r.tokens for r in group.runs):,}",
+             "val loss": show(group.loss[0], spread=group.loss[1]), "perplexity": f"{math.exp(group.loss[0]):.3f}",
+             "paper's": show(group.paper, "{:.2f}")}
+    for name in BASELINES:
+        baseline = baseline_of(group, groups, name)
+        mean, error = difference(group, baseline)
+        cells[f"loss - {name}"] = show(mean, "{:+.4f}", error)
+        cells[f"tokens, {name} / own"] = show_ratios(token_ratios(group, baseline))
+    return cells
 
 
-COLUMNS = {  # heading: how a row shows it
-    "variant": lambda r: r["label"],
-    "runs": lambda r: str(r["runs"]),
-    "layers": lambda r: show(r["layers"], "{}"),
-    "parameters": lambda r: show(r["parameters"], "{:,}"),
-    "tokens": lambda r: f"{r['tokens']:,}",
-    "val loss": lambda r: show(r["val_loss"]),
-    "spread": lambda r: show(r["spread"]),
-    "perplexity": lambda r: show(r["val_ppl"], "{:.3f}"),
-    "loss - baseline": lambda r: show(r["difference"], "{:+.4f}")
-    + ("" if r["difference_error"] is None else f" +- {r['difference_error']:.4f}"),
-    "tokens ratio": lambda r: show(r["token_ratio"], "{:.2f}x"),
-    "tokens/s": lambda r: show(r["tokens_per_second"], "{:,.0f}"),
-}
+def table_of(groups):
+    """The table as lines of markdown, padded to be read as text too, without columns that say nothing."""
+    rows = [cells_of(group, groups) for group in groups]
+    columns = [[name, *(row[name] for row in rows)] for name in rows[0] if any(row[name] != "-" for row in rows)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [*zip(*columns)]
+    lines.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
 
 
-def markdown(rows):
-    """The table as lines of markdown, padded to be read as text too."""
-    cells = [list(COLUMNS)] + [[cell(row) for cell in COLUMNS.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
-
-
-def notes(groups, baseline):
+def notes(groups, diverged):
     """What the reader of the table must know."""
-    yield (f"spread: standard deviation over seeds. loss - baseline ({baseline.label}): mean over equal seeds +- its "
-           "standard error. tokens ratio: the baseline's tokens / tokens to reach its final loss.")
+    yield ("val loss: mean +- standard deviation over seeds. loss - ...: mean over equal seeds +- its standard error. "
+           "tokens, ... / own: the baseline's tokens / tokens to reach its last loss, mean +- standard deviation.")
+    yield from agreement(groups)
     for group in groups:
-        other = [f"{name}={group.runs[0].settings.get(name)}" for name in measured_otherwise(group, baseline)]
-        if other:
-            yield f"{group.label}: not compared with the baseline, since it was measured with {', '.join(other)}"
-    for run in (run for group in groups for run in group.runs):
-        if not run.finished:
-            yield f"NOT FINISHED: {run.folder} is at step {run.step} of {run.settings['max_steps']}"
-        if len(run.comparable()) < len(run.points):
-            yield (
-                f"{run.name}: the last evaluation has other tokens (--final_eval_tokens) than those before; curve and "
-                "ratio leave it out"
-            )
+        for baseline in filter(None, (baseline_of(group, groups, name) for name in BASELINES)):
+            if other := [f"{name}={group.settings.get(name)}" for name in measured_otherwise(group, baseline)]:
+                yield f"{group.label}: not compared with {baseline.label}, since measured with {', '.join(other)}"
+    runs = [run for group in groups for run in group.runs]
+    for run in (run for run in runs if not run.finished):
+        yield f"NOT FINISHED: {run.name} is at step {run.step} of {run.settings.get('max_steps', 'an unknown number')}"
+    if any(len(run.curve()) < len(run.points) for run in runs):
+        yield "the last evaluation has other tokens (--final_eval_tokens) than those before: curves, ratios without it"
+    yield from (f"DIVERGED: {run.name} after step {run.step}; it is in no row" for run in diverged)
+    yield from sorted({" | ".join(f"{key} {run.origin[key]}" for key in ("machine", "torch", "commit", "command"))
+                       for run in runs})
 
 
-# ------------------------------------------------------------------------------------------------------------ 3 picture
+def summarise(runs):
+    """(groups, lines of the table and its notes) of runs; those that diverged are in the notes alone."""
+    groups = group_runs([run for run in runs if not run.diverged])
+    table = table_of(groups) if groups else ["no run to compare"]
+    return groups, [*table, "", *notes(groups, [run for run in runs if run.diverged])]
+
+
+# ------------------------------------------------------------------------------------------------------------ 5 picture
 
 FAMILY_STYLES = {  # (colour, line, marker) of a variant without its granularity; no two share a marker
     "base": ("#000000", "-", "o"),
@@ -313,36 +408,27 @@ def styles_of(groups):
             for i, variant in enumerate(here)]
 
 
-def draw(groups, baseline, path):
+def draw(groups, path):
     """Write the picture: the curves on the left, the last two fifths of the tokens enlarged on the right."""
     import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
     longest = max(run.tokens for group in groups for run in group.runs)
     unit, word = (1e9, "billions") if longest >= 1e9 else (1e6, "millions")
-    figure, (whole, late) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, (whole, late) = pyplot.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
     for i, (group, style) in enumerate(zip(groups, styles_of(groups))):
-        points = [point for point in group.curve() if point[0] > 0]
-        tokens, mean, low, high = zip(*((t / unit, m, a, b) for t, m, a, b in points)) if points else ((), (), (), ())
+        tokens, *losses = map(list, zip(*[(t / unit, *losses) for t, *losses in group.curve() if t > 0])) or [[]] * 4
         for axes in (whole, late):
-            marked = range(len(tokens))[i % 4 :: max(1, len(tokens) // 10)]  # staggered, to hide no others
-            axes.plot(tokens, mean, label=group.label, linewidth=1.6, markevery=list(marked), **style)
+            marked = range(len(tokens))[i % 4::max(1, len(tokens) // 10)]               # staggered, to hide no others
+            axes.plot(tokens, losses[0], label=group.label, linewidth=1.6, markevery=list(marked), **style)
             if len(group.runs) > 1:
-                axes.fill_between(tokens, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    level = [loss for _, loss, _, _ in baseline.curve()][-1:]
-    for axes in (whole, late):
-        if level:
-            axes.axhline(level[0], color="#444444", linewidth=0.8, linestyle=":", label=f"last of {baseline.label}")
-        axes.set(xlabel=f"training tokens ({word})", ylabel="validation loss (nats per token)")
-        axes.grid(alpha=0.25)
+                axes.fill_between(tokens, *losses[1:], color=style["color"], alpha=0.15, linewidth=0)
+            axes.set(xlabel=f"training tokens ({word})", ylabel="validation loss (nats per token)")
     enlarge(late, groups, 0.6 * longest, unit)
-    bands = ", bands: lowest to highest seed" if any(len(group.runs) > 1 for group in groups) else ""
-    whole.set_title("whole run" + bands)
-    whole.legend(fontsize=9, handlelength=4)
+    whole.set_title("whole run" + "; bands: lowest to highest seed" * any(len(group.runs) > 1 for group in groups))
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside right upper", fontsize=9, handlelength=4)
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=130)
     pyplot.close(figure)
 
 
@@ -354,48 +440,31 @@ def enlarge(axes, groups, start, unit):
         axes.set(xlim=(start / unit, None), ylim=(min(late) - margin, max(late) + margin), title="the end, enlarged")
 
 
-def summarise(folders, baseline=""):
-    """(groups, the baseline among them, table rows, remarks) of run folders."""
-    groups = group_runs([read_run(folder) for folder in folders])
-    base = find_baseline(groups, baseline)
-    return groups, base, rows_of(groups, base), list(notes(groups, base))
-
-
 def can_draw():
+    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def write(groups, base, rows, remarks, out="", png=""):
-    """Write table and curves to the JSON file `out` and the picture to `png`, where they are asked for."""
-    if out:
-        curves = {group.label: group.curve() for group in groups}
-        with atomic_write(out) as file:
-            file.write(json.dumps({"baseline": base.label, "rows": rows, "notes": remarks, "curves": curves},
-                                  indent=1).encode())
-    if png and can_draw():
-        draw(groups, base, png)
-    elif png:
-        print("no picture: it needs matplotlib (pip install -r paper/requirements.txt)", file=sys.stderr)
+# --------------------------------------------------------------------------------------------------------------- 6 main
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Compare runs of train.py by their logs.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; repetitions with other seeds are averaged")
-    parser.add_argument("--baseline", default="",
-                        help="variant whose final loss is to be reached (default: base, else the first run)")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, and .jsonl files of --out")
     parser.add_argument("--png", default="", help="write the picture of Figure 1b to this file")
-    parser.add_argument("--out", default="", help="write table and curves to this JSON file")
-    args = parser.parse_args(argv)
-    try:
-        for path in filter(None, (args.out, args.png)):
-            if not os.path.isdir(os.path.dirname(path) or "."):
-                raise UserError(f"{path}: its folder does not exist")
-        groups, base, rows, remarks = summarise(args.runs, args.baseline)
-        print("\n".join(markdown(rows) + [""] + remarks))
-        write(groups, base, rows, remarks, args.out, args.png)
-    except (UserError, OSError) as error:
-        sys.exit(f"compare.py: {error}")
+    parser.add_argument("--out", default="", help="write the runs to this .jsonl file")
+    args = parser.parse_args()
+    if args.png and not can_draw():
+        raise UserError("--png needs matplotlib: pip install -r paper/requirements.txt")
+    runs = [run for path in args.runs for run in read_runs(path)]
+    groups, lines = summarise(runs)
+    print("\n".join(lines))
+    if args.out:
+        write_runs(runs, args.out)
+    if args.png:
+        draw(groups, args.png)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)
