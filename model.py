@@ -328,7 +328,10 @@ class Positions:
             return functools.partial(F.scaled_dot_product_attention, is_causal=True)
         if device.type == "cuda" and torch.compiler.is_compiling() and self.cache is None:
             rows = None if self.docs is None else len(self.docs)
-            blocks = create_block_mask(self.visible, rows, None, length, length, device=device)
+
+            def visible(row, head, query, key):                 # a function: PyTorch counts a method's self as argument
+                return self.visible(row, head, query, key)
+            blocks = create_block_mask(visible, rows, None, length, length, device=device)
             return functools.partial(flex_attention, block_mask=blocks)
         return functools.partial(F.scaled_dot_product_attention, attn_mask=self.dense_mask())
 

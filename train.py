@@ -352,11 +352,9 @@ class Objective(nn.Module):
 
 
 def build_model(model_config, config):
-    """A model with its initial weights: of --init_from, or drawn on the CPU, so that a seed means the same anywhere."""
+    """A freshly initialised model: drawn on the CPU, so that one seed gives the same weights on every device."""
     torch.manual_seed(config.seed)
     model = ExoFormer(model_config)
-    if config.init_from:
-        model.load_state_dict(load_checkpoint(config.init_from).state_dict())
     if config.dtype == "pure_bfloat16":                    # as the released code: gains and lambdas stay float32
         for module in model.modules():
             if isinstance(module, (Linear, nn.Embedding)):
@@ -718,6 +716,8 @@ def prepare(argv):
         trainer, log_size = Trainer(*(settings or fresh_settings(variant, preset, given))), 0
         if resuming:
             print0(f"{given['out_dir']} holds no checkpoint: starting at step 0 with the flags given")
+        if trainer.config.init_from:
+            trainer.model.load_state_dict(load_checkpoint(trainer.config.init_from).state_dict())
     if RANK == 0:
         folder.open_log(log_size)
     announce(trainer)
