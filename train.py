@@ -435,8 +435,8 @@ class RunFolder:
 class Stop:
     """Why a run should end early: a signal, or data that could not be read. All processes hear of it in `agreed`.
 
-    A second Ctrl-C or SIGTERM ends the process at once; under torchrun it is ignored, since Ctrl-C reaches each process
-    twice, and torchrun kills what will not end. SIGHUP (a closed terminal) may come twice and never ends it at once.
+    A second Ctrl-C or SIGTERM ends the process at once. Under torchrun it is ignored: Ctrl-C reaches each process
+    twice, and torchrun kills what will not end.
     """
 
     def __init__(self):
@@ -447,8 +447,8 @@ class Stop:
     def ask(self, number, frame):
         """The signal handler."""
         self.signal = number
-        for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_DFL if WORLD_SIZE == 1 else signal.SIG_IGN)
+        if number in (signal.SIGINT, signal.SIGTERM):          # a closed terminal can send SIGHUP twice
+            signal.signal(number, signal.SIG_DFL if WORLD_SIZE == 1 else signal.SIG_IGN)
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step\n")
 
@@ -524,7 +524,8 @@ class Trainer:
         cross_entropy, z = all_reduce(sums).tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(cross_entropy + norm.item()):                  # looked at before a weight is touched
-            raise Diverged(self.diagnosis(cross_entropy, norm.item(), rate))
+            raise Diverged(f"step {self.step + 1}: loss {cross_entropy}, gradient norm {norm.item()}, learning rates "
+                           f"{rate:.3g} of their peaks; first not finite: {self.first_not_finite()}")
 
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         for optimizer in self.optimizers:
@@ -534,12 +535,11 @@ class Trainer:
         return dict(step=self.step, loss=cross_entropy, z=z, grad_norm=norm.item(),
                     lr=self.optimizers[0].param_groups[0]["lr"], tokens=self.step * config.total_batch_size)
 
-    def diagnosis(self, loss, norm, rate):
-        """One line on a step that is not finite: when, how fast, and which tensor is the first to blame."""
-        sick = [f"weight {n}" for n, p in self.model.named_parameters() if not p.isfinite().all()]
-        sick += [f"gradient of {n}" for n, p in self.model.named_parameters() if not p.grad.isfinite().all()]
-        return (f"step {self.step + 1}: loss {loss}, gradient norm {norm}, learning rates {rate:.3g} of their peaks; "
-                f"not finite first: {sick[0] if sick else 'only the sum over all gradients'} (of {len(sick)})")
+    def first_not_finite(self):
+        """The name of the first tensor that holds a NaN or an infinity."""
+        tensors = [(f"weight {name}", p) for name, p in self.model.named_parameters()]
+        tensors += [(f"gradient of {name}", p.grad) for name, p in self.model.named_parameters()]
+        return next((name for name, t in tensors if not t.isfinite().all()), "the norm of all gradients together")
 
     def evaluate(self, tokens, stop):
         """Mean cross-entropy over the first `tokens` (0: all) of the validation split: a log record, None if stopped.
@@ -580,8 +580,8 @@ class Trainer:
         rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if self.config.device == "cuda" else None)
         return dict(model_config=asdict(self.model_config), train_config=asdict(self.config), step=self.step,
                     tokens=self.step * self.config.total_batch_size, evaluated=self.evaluated, best_val=self.best_val,
-                    rng=rng, shards=self.shards,
-                    model=self.model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+                    rng=rng, shards=self.shards, model=self.model.state_dict(),
+                    optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     @functools.cached_property
     def shards(self):
@@ -657,7 +657,7 @@ def run(trainer, folder, stop):
     """Train to the last step. Returns why it stopped earlier, or "" at the end."""
     config, first, began = trainer.config, trainer.step, time.monotonic()
     while True:
-        step, last = trainer.step, trainer.step == config.max_steps
+        step, last = trainer.step, trainer.step >= config.max_steps
         windows = None if last else stop.read(trainer.read_step)
         stopped = stop.agreed(late=step > first and 0 < config.max_minutes <= (time.monotonic() - began) / 60)
 
@@ -676,8 +676,9 @@ def run(trainer, folder, stop):
                 folder.write(record)
             print0(f"step {step:6d} | validation loss {record['val_loss']:.4f}, perplexity {record['val_ppl']:.2f}, "
                    f"{record['val_bpb']:.4f} bits per byte")
+            if last:
+                save(trainer, folder, needed=True)                         # so that it is not evaluated twice
         if last:
-            save(trainer, folder, needed=True)                             # evaluated, so that it is not done twice
             return ""
 
         step_began = time.monotonic()
