@@ -10,6 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+
+import tiktoken
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import prepare_fineweb as pf
@@ -18,9 +21,9 @@ import prepare_fineweb as pf
 def bench_data(args):
     """Tokenising speed of prepare_fineweb.py, from text files to checked shards on the disk, beside tiktoken's own
     encode_ordinary_batch on the same documents already in memory, interleaved on the same cores. Wall time compares
-    them on an idle machine only; CPU time, with that of the worker processes, is less disturbed by others."""
-    texts = [text for path in pf.expand(args.input or pf.standard_library_files()) for text in texts_of(path)]
-    size, encoding = sum(len(text.encode()) for text in texts), pf.get_tokenizer("gpt2").bpe
+    them on an idle machine only; CPU time is less disturbed by others."""
+    texts = texts_of(pf.expand(args.input or pf.standard_library_files()))
+    size, encoding = sum(len(text.encode()) for text in texts), tiktoken.get_encoding("gpt2")
     theirs, ours = [], []                                         # (wall, CPU) seconds
     with tempfile.TemporaryDirectory() as folder:
         source, out = os.path.join(folder, "text.jsonl"), os.path.join(folder, "out")
@@ -40,52 +43,45 @@ def bench_data(args):
 
 
 def bench_data_memory(args):
-    """Peak memory of the largest process of `python prepare_fineweb.py` for one copy of the input and for eight.
-    Measured from a small process in between: a child's peak counts the memory of the process it was forked from."""
+    """Peak memory of `python prepare_fineweb.py` for one copy of the input and for eight. Measured from a small
+    process in between: a child's peak counts the memory of the process it was forked from."""
     paths = pf.expand(args.input or pf.standard_library_files())
     measure = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
     for copies in (1, 8):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", measure, sys.executable, pf.__file__, f"--workers={args.workers}",
-                       f"--out={folder}", "--input", *paths * copies]
+                       f"--out={folder}/out", "--input", *paths * copies]
             peak = int(subprocess.run(command, check=True, capture_output=True).stdout)
         size = sum(map(os.path.getsize, paths)) / 1e6
         print(f"  peak memory, {copies} x {size:.1f} MB of files   {peak / 1e3:.0f} MB")
 
 
-def texts_of(path):
-    """Documents of one file, as prepare_fineweb.py sees them; used to fill the memory, so not timed."""
-    import gzip
-    opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
-    with opened as stream:
-        whole = ""
-        for kind, _, data in pf.reader_of(path)(stream):
-            if kind == "json":
-                yield pf.parse(data)
-            else:
-                whole += data
-        if whole.strip():
-            yield whole
+def texts_of(paths):
+    """The documents of files, as prepare_fineweb.py sees them."""
+    texts = []
+    for starts, text in pf.documents(paths, Counter(), 0):
+        texts += [text] if starts else [texts.pop() + text]
+    return texts
 
 
 def tokenise(paths, folder, workers):
     shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), pf.locked(folder):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         pf.tokenise(paths, folder, "gpt2", workers)
 
 
 def seconds_of(action):
-    """(wall, CPU) seconds of an action; CPU with the child processes that it waited for."""
-    wall, cpu = time.perf_counter(), sum(os.times()[:4])
+    """(wall, CPU) seconds of an action."""
+    wall, cpu = time.perf_counter(), time.process_time()
     action()
-    return time.perf_counter() - wall, sum(os.times()[:4]) - cpu
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def add_data_parser(commands):
     """The sub-command `data` of paper/bench.py."""
     parser = commands.add_parser("data", help="tokenising speed beside tiktoken's own batch encoder, and memory")
     parser.add_argument("--input", nargs="+", help="text files (default: Python's standard library)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, and tiktoken's threads")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads, of tiktoken too")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each, interleaved")
     parser.set_defaults(run=lambda args: (bench_data(args), bench_data_memory(args)))
