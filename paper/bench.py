@@ -1,44 +1,38 @@
 """
-How fast and how large: every number from one process, interleaved, so that ratios survive a noisy machine.
+How fast: every number from one process, the rivals in turn, so that ratios survive a noisy machine.
 
-    python paper/bench.py model [--variants base gated exo exo_dynamic] [--device cpu|cuda]
-    python paper/bench.py muon                   one Muon step over the paper's 29-layer shapes, batched against a loop
+    python paper/bench.py step                   a training step of each variant, beside a plain matrix product
+    python paper/bench.py generate               decoding with the KV cache, all variants
+    python paper/bench.py muon                   one Muon step, equal shapes in one batch against a loop
     python paper/bench.py data                   tokenising, beside tiktoken's own batch encoder; and memory
     python paper/bench.py hellaswag --data=FILE  scoring, beside the plain one-item-at-a-time loop
 
 Say the machine, the torch version, the command and the commit beside any figure you quote; the first line prints them.
+All variants have --n_layer layers: a ratio to `gated` is that of equally deep models.
 """
 import argparse
-import math
+import functools
 import os
-import platform
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 
+import numpy as np
 import torch
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, ROOT)
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 
 import bench_data
 import bench_hellaswag
 import muon
-import train as T
-from model import ExoFormer, flops_per_token, variant_config
-from prepare_fineweb import UserError
+from compare import circumstances
+from model import VARIANTS, ExoFormer, Linear, choose_device, flops_per_token, generate, variant_config
+from prepare_fineweb import Progress, command_line, say, write_meta, write_shard
+from train import Trainer, fresh_settings, resolve
 
-
-def print_circumstances(device):
-    """Machine, versions and commit: what a figure means nothing without."""
-    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-                     platform.processor())
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{processor}, {torch.get_num_threads()} threads"
-    print(f"{where} | torch {torch.__version__} | commit {commit} | load {os.getloadavg()[0]:.1f} | "
-          f"{' '.join(sys.argv)}", flush=True)
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 def synchronise(device):
@@ -47,149 +41,170 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
-def seconds_of(action, device):
-    """Wall time of one call."""
-    synchronise(device)
-    began = time.perf_counter()
-    action()
-    synchronise(device)
-    return time.perf_counter() - began
+def in_turn(actions, rounds, device):
+    """{name: [seconds of each round]}: every action once a round, after one round that warms up (and compiles)."""
+    seconds, progress = {name: [] for name in actions}, Progress("measuring", (rounds + 1) * len(actions), "runs")
+    for i in range(rounds + 1):
+        for j, (name, action) in enumerate(actions.items()):
+            synchronise(device)
+            began = time.perf_counter()
+            action()
+            synchronise(device)
+            seconds[name] += [time.perf_counter() - began] * (i > 0)
+            progress.update(i * len(actions) + j + 1)
+    progress.end()
+    return seconds
 
 
-def matmul_flops(device, dtype, n=2048):
-    """FLOP/s of an n x n matrix product here and now: what MFU is relative to."""
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n ** 3 / min(seconds_of(lambda: a @ b, device) for _ in range(8))
+def ratio(mine, other):
+    """Median over the rounds of one action's seconds / another's."""
+    return statistics.median(a / b for a, b in zip(mine, other))
 
 
-class Contender:
-    """One variant, compiled, with its optimizers and one fixed batch."""
-
-    def __init__(self, variant, args):
-        sizes = {name: vars(args)[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-        self.config = T.TrainConfig(device=args.device, dtype=args.dtype, deterministic="false",
-                                    compile=str(args.compile).lower())
-        self.model = T.build_model(variant_config(variant, **sizes), self.config)
-        with torch.no_grad():                              # zero heads would make zero gradients, which may be cheaper
-            for p in self.model.parameters():
-                p.add_(0.02 * torch.randn_like(p))
-        self.optimizers = T.build_optimizers(self.model, self.config)
-        self.objective = T.Objective(self.model, self.config)
-        if args.compile:
-            self.objective.compile(fullgraph=True, dynamic=False, options=T.COMPILE_OPTIONS[args.device])
-        shape = (2, args.batch_size, args.block_size)
-        self.idx, self.targets = torch.randint(args.vocab_size, shape, device=args.device)
-        self.docs = (self.idx < args.vocab_size // 512).cumsum(1) if args.mask_documents else None
-
-    def forward_backward(self):
-        self.objective(self.idx, self.targets, self.docs)[0].backward()
-
-    def optimizer_step(self):
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+@torch.no_grad()
+def disturb(model):
+    """Move every weight off its start: zero matrices would make zero gradients, which may be cheaper."""
+    for p in model.parameters():
+        p.add_(0.02 * torch.randn_like(p))
 
 
-def bench_model(args):
-    """Forward + backward and optimizer step of each variant, interleaved; medians of paired ratios to `gated`."""
-    contenders = {variant: Contender(variant, args) for variant in dict.fromkeys(["gated", *args.variants])}
-    tokens, peak_bytes = args.batch_size * args.block_size, {}
-    for variant, contender in contenders.items():
-        began, before = time.perf_counter(), allocated(args.device)
-        contender.forward_backward(), contender.optimizer_step()
-        peak_bytes[variant] = allocated(args.device, peak=True) - before
-        print(f"warmed up {variant} in {time.perf_counter() - began:.0f} s", flush=True)
-    passes, steps, products = {v: [] for v in contenders}, {v: [] for v in contenders}, []
-    for _ in range(args.rounds):
-        products.append(matmul_flops(args.device, torch.float32 if args.dtype == "float32" else torch.bfloat16))
-        for variant, contender in contenders.items():
-            passes[variant].append(seconds_of(contender.forward_backward, args.device))
-            steps[variant].append(seconds_of(contender.optimizer_step, args.device))
-    best = max(products)
-    print(f"matrix product {best / 1e9:,.0f} GFLOP/s; {args.rounds} rounds; "
-          "ratios: median of the rounds' ratios to gated (of the minima)")
-    print(f"{'variant':14s}{'fwd+bwd ms':>12s}{'ratio':>8s}{'(min)':>8s}{'optimizer ms':>14s}{'tokens/s':>11s}"
-          f"{'MFU':>7s}{'MB':>9s}")
-    for variant, contender in contenders.items():
-        ratio = statistics.median(a / b for a, b in zip(passes[variant], passes["gated"]))
-        seconds, flops = min(passes[variant]), flops_per_token(contender.model, args.block_size) * tokens
-        print(f"{variant:14s}{1e3 * seconds:12.1f}{ratio:8.3f}{seconds / min(passes['gated']):8.3f}"
-              f"{1e3 * min(steps[variant]):14.1f}{tokens / seconds:11,.0f}"
-              f"{flops / seconds / best:7.1%}{peak_bytes[variant] / 1e6:9,.0f}", flush=True)
-    if args.device == "cuda":
-        print("MB: the first step's peak beyond all weights: activations, gradients, optimizer states")
+def trainer_of(variant, args):
+    """What train.py trains a variant with; the shards that it wants to see are never read."""
+    with tempfile.TemporaryDirectory() as folder:
+        for split in ("train", "val"):
+            write_shard(os.path.join(folder, f"none_{split}_000000.bin"), np.zeros(args.block_size + 1, np.uint16))
+        write_meta(folder, {"tokenizer": "bytes"})
+        trainer = Trainer(*fresh_settings(variant, "smoke", dict(
+            {name: vars(args)[name] for name in SIZES}, data=folder, device=args.device, dtype=args.dtype,
+            compile=args.compile, mask_documents=args.mask_documents, batch_size=args.batch_size,
+            total_batch_size=args.batch_size * args.block_size)))
+    disturb(trainer.model)
+    return trainer
 
 
-def allocated(device, peak=False):
-    """Bytes in use on the CUDA device, now or at the most since the last such question; nan elsewhere."""
-    if device != "cuda":
-        return math.nan
-    in_use = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return in_use
+def forward_backward(trainer, batch):
+    trainer.objective(*batch)[0].backward()
+    trainer.model.zero_grad()
+
+
+def bench_step(args):
+    """Forward and backward alone, and a whole training step, of each variant."""
+    trainers = {variant: trainer_of(variant, args) for variant in dict.fromkeys(["gated", *args.variants])}
+    config, tokens = trainers["gated"].config, args.batch_size * args.block_size
+    windows = np.random.default_rng(0).integers(0, args.vocab_size, (1, args.batch_size, args.block_size + 1))
+    windows[windows < args.vocab_size // 512] = trainers["gated"].tokenizer.eot          # documents of about 512 tokens
+    batch = torch.from_numpy(windows[0]).to(config.device)
+    docs = (batch[:, :-1] == trainers["gated"].tokenizer.eot).cumsum(1) if config.mask_documents else None
+    batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), docs
+    actions = {}
+    for variant, trainer in trainers.items():
+        actions[variant, "pass"] = functools.partial(forward_backward, trainer, batch)
+        actions[variant, "step"] = functools.partial(trainer.update, windows)
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    a, b = (torch.randn(*shape, device=config.device, dtype=dtype)
+            for shape in ((tokens, args.n_embd), (args.n_embd, 4 * args.n_embd)))
+    repeats = 1 if config.device == "cpu" else 100                  # a single one is too short for the clock on a GPU
+    actions["product"] = lambda: [a @ b for _ in range(repeats)]
+    seconds = in_turn(actions, args.rounds, config.device)
+    product = repeats * 8 * tokens * args.n_embd ** 2 / statistics.median(seconds["product"])
+    print(f"{config.dtype}, {'compiled' if config.compile == 'true' else 'eager'}, {tokens} tokens a step; a product "
+          f"{tokens} x {args.n_embd} by {args.n_embd} x {4 * args.n_embd} in this dtype: {product / 1e9:,.1f} GFLOP/s\n"
+          f"{'':20s}|  forward + backward  |  whole step (with clipping and optimizers)\n"
+          f"{'variant':20s}|      ms    / gated   |      ms    / gated   tokens/s    GFLOP/s   / product")
+    for variant, trainer in trainers.items():
+        passes, steps = seconds[variant, "pass"], seconds[variant, "step"]
+        step = statistics.median(steps)
+        flops = flops_per_token(trainer.model, args.block_size) * tokens / step
+        print(f"{variant:20s}|{1e3 * statistics.median(passes):10.1f}{ratio(passes, seconds['gated', 'pass']):9.3f}   |"
+              f"{1e3 * step:10.1f}{ratio(steps, seconds['gated', 'step']):9.3f}{tokens / step:11,.0f}"
+              f"{flops / 1e9:11,.1f}{flops / product:11.2f}")
+
+
+def bench_generate(args):
+    """Tokens/s of each variant that continues --batch_size rows of one token by --tokens, greedily, with a KV cache."""
+    config, models = resolve(dict(device=args.device, dtype=args.dtype))[1], {}
+    for variant in dict.fromkeys(["gated", *args.variants]):
+        torch.manual_seed(0)
+        models[variant] = ExoFormer(variant_config(variant, **{name: vars(args)[name] for name in SIZES}))
+        disturb(models[variant].to(config.device))
+    idx = torch.zeros(args.batch_size, 1, dtype=torch.long, device=config.device)
+
+    def decode(model):
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            generate(model, idx, args.tokens, temperature=0)
+
+    actions = {name: functools.partial(decode, model) for name, model in models.items()}
+    seconds = in_turn(actions, args.rounds, config.device)
+    print(f"{config.dtype}, {args.batch_size} rows of {args.tokens} new tokens\n"
+          f"{'variant':30s}{'tokens/s':>10s}{'time / gated':>14s}")
+    for variant, taken in seconds.items():
+        print(f"{variant:30s}{args.batch_size * args.tokens / statistics.median(taken):10,.1f}"
+              f"{ratio(taken, seconds['gated']):14.3f}")
 
 
 def bench_muon(args):
-    """A Muon step on the shapes of the paper's 29-layer exo model: equal shapes in one batch, and one by one."""
+    """A Muon step on the shapes of exo: equal shapes in one batch, and one by one."""
+    config = resolve(dict(device=args.device, muon_dtype=args.dtype))[1]
+    polar = functools.partial(muon.polar_express, dtype=getattr(torch, config.muon_dtype))
     with torch.device("meta"):
-        model = ExoFormer(variant_config("exo", n_layer=args.n_layer))
+        model = ExoFormer(variant_config("exo", n_layer=args.n_layer, n_embd=args.n_embd, n_head=1))
         shapes = [(m.weight.shape, m.parts) for name, m in model.named_modules()
-                  if isinstance(m, T.Linear) and name != "head"]
+                  if isinstance(m, Linear) and name != "head"]
 
-    def one_by_one(matrices):
-        return torch.cat([muon.polar_express(matrix[None]) for matrix in matrices])
-    optimizers = {}
-    for name, polar in (("batched", muon.polar_express), ("loop", one_by_one)):
+    def optimizer_step(polar):
         groups = {}
         for shape, parts in shapes:
-            p = torch.nn.Parameter(torch.randn(shape, device=args.device))
+            p = torch.nn.Parameter(torch.randn(shape, device=config.device))
             p.grad = torch.randn_like(p)
             groups.setdefault(parts, []).append(p)
-        groups = [dict(params=params, parts=parts) for parts, params in groups.items()]
-        optimizers[name] = muon.Muon(groups, polar=polar)
-    times = {name: [] for name in optimizers}
-    for _ in range(args.rounds):
-        for name, optimizer in optimizers.items():
-            times[name].append(seconds_of(optimizer.step, args.device))
-    ratio = statistics.median(slow / fast for slow, fast in zip(times["loop"], times["batched"]))
-    print(f"{sum(parts for _, parts in shapes)} matrices of {args.n_layer} layers: "
-          f"batched {min(times['batched']):.2f} s, loop {min(times['loop']):.2f} s, "
-          f"median ratio of {args.rounds} rounds {ratio:.2f}")
+        return muon.Muon([dict(params=params, parts=parts) for parts, params in groups.items()], polar=polar).step
+
+    seconds = in_turn({"batched": optimizer_step(polar), "loop": optimizer_step(
+        lambda matrices: torch.cat([polar(matrix[None]) for matrix in matrices]))}, args.rounds, config.device)
+    print(f"{config.muon_dtype}, {sum(parts for _, parts in shapes)} matrices of {args.n_layer} layers: "
+          f"batched {statistics.median(seconds['batched']):.3f} s, loop {statistics.median(seconds['loop']):.3f} s, "
+          f"loop / batched {ratio(seconds['loop'], seconds['batched']):.2f}")
 
 
-def parse_args():
+def add_parser(commands, name, run, text, dtypes, defaults):
+    """A sub-command of this file. defaults: {flag: (default, help)} of its whole numbers."""
+    parser = commands.add_parser(name, help=text)
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: as train.py")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *dtypes), help="auto: as train.py on that device")
+    for flag, (default, what) in defaults.items():
+        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{what} (default {default})")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def parse_arguments():
     """The command line; `run` of the result is the benchmark that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     commands = parser.add_subparsers(dest="command", required=True)
-    model = commands.add_parser("model", help="forward + backward and optimizer step per variant")
-    model.add_argument("--variants", nargs="+", default=["base", "gated", "exo", "exo_dynamic"],
-                       help="names of Table 3")
-    for name, default, text in (("n_layer", 2, "layers"), ("n_head", 16, "heads"), ("n_embd", 1024, "width"),
-                                ("block_size", 512, "tokens a row"), ("batch_size", 4, "rows"),
-                                ("vocab_size", 8192, "vocabulary"), ("rounds", 7, "interleaved rounds")):
-        model.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    model.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "pure_bfloat16"],
-                       help="as train.py (default bfloat16)")
-    model.add_argument("--mask_documents", action="store_true", help="with document masking")
-    model.add_argument("--eager", dest="compile", action="store_false", help="without torch.compile")
-    model.set_defaults(run=bench_model)
-    steps = commands.add_parser("muon", help="one Muon step, batched against a loop")
-    steps.add_argument("--n_layer", type=int, default=29, help="layers (default 29)")
-    steps.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
-    steps.set_defaults(run=bench_muon)
-    for command in (model, steps):
-        command.add_argument("--device", default=device, choices=["cpu", "cuda", "mps"],
-                             help=f"default here: {device}")
+    sizes = dict(n_layer=(2, "layers; the paper has 29"), n_embd=(1024, "width"), rounds=(5, "measurements of each"))
+    more = dict(sizes, n_head=(16, "heads"), vocab_size=(8192, "vocabulary"), block_size=(512, "longest context"))
+    step = add_parser(commands, "step", bench_step, "a training step of each variant",
+                      ("float32", "bfloat16", "pure_bfloat16"), dict(more, batch_size=(4, "rows")))
+    step.add_argument("--compile", default="auto", choices=("auto", "true", "false"), help="as train.py")
+    step.add_argument("--mask_documents", action="store_true", help="attention does not cross documents")
+    decode = add_parser(commands, "generate", bench_generate, "decoding with the KV cache", ("float32", "bfloat16"),
+                        dict(more, batch_size=(1, "rows"), tokens=(128, "new tokens")))
+    for command, variants in ((step, ["base", "gated", "exo", "exo_dynamic"]), (decode, list(VARIANTS))):
+        command.add_argument("--variants", nargs="+", default=variants, choices=VARIANTS, metavar="NAME",
+                             help=f"rows of Table 3 (default {' '.join(variants)})")
+    add_parser(commands, "muon", bench_muon, "one Muon step, batched against a loop", ("float32", "bfloat16"), sizes)
     bench_data.add_data_parser(commands)
     bench_hellaswag.add_hellaswag_parser(commands)
     return parser.parse_args()
 
 
+def main():
+    args = parse_arguments()
+    device = choose_device(vars(args).get("device", "cpu"))                       # tokenising and scoring: on the CPU
+    say(" | ".join(f"{name} {value}" for name, value in circumstances(device).items())
+        + f" | load {os.getloadavg()[0]:.1f}")
+    args.run(args)
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    print_circumstances(vars(arguments).get("device", "cpu"))               # tokenising and scoring run on the CPU
-    try:
-        arguments.run(arguments)
-    except (KeyError, UserError) as error:
-        sys.exit(f"bench.py: {'unknown variant ' if isinstance(error, KeyError) else ''}{error}")
+    command_line(main)
