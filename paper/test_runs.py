@@ -1,0 +1,484 @@
+"""
+Tests of train.py that are too long, or too far from the paper, for test_model.py: the command line, folders, full
+disks, output that nobody reads, signals, kills, compilation and torchrun. No network.
+"""
+import copy
+import errno
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import prepare_fineweb as pf
+import train as T
+from model import ModelConfig
+from prepare_fineweb import UserError, command_line
+from test_model import (SMALL, Quiet, close, copied, data, harm, launch_ranks, log_of, newest_of, released, resume,
+                        run_ranks, same_state, saved, start, tiny, tokens, train_fully, weights, whole)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+@pytest.mark.parametrize("flags, words", [
+    (["--variant=exo_dynamc"], "'exo_dynamic'"), (["--vairant=exo"], "unrecognized arguments: --vairant"),
+    (["--preset=papr"], "'paper', 'small', 'smoke'"), (["--n_layer=two"], "invalid int value: 'two'"),
+    (["--dtype=float16"], "'auto', 'float32', 'bfloat16'"), (["--optimizer=adamW"], "'muon', 'adamw'"),
+    (["--gate=maybe"], "'maybe' is neither true nor false"), (["--max_steps"], "expected one argument")])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        T.parse_flags(flags)
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and words in message and message.count("\n") == 1
+
+
+def test_every_setting_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit):
+        T.parse_flags(["--help"])
+    text = capsys.readouterr().out
+    for config in (T.TrainConfig, ModelConfig):
+        for field in T.fields(config):
+            assert field.metadata["help"], field.name
+            assert field.name == "tokenizer" or f"--{field.name} " in text
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"),
+    (["--device=cuda"], "--device=cuda is not there: torch can use"), (["--batch_size=0"], "batch_size=0 .*from 1"),
+    (["--muon_lr=nan"], "muon_lr=nan"), (["--grad_clip=0"], "grad_clip=0"), (["--final_lr=1.5"], "final_lr=1.5"),
+    (["--n_head=3"], "n_embd=32 is not a multiple of n_head=3"), (["--keep=-1"], "keep=-1"),
+    (["--block_size=5000", "--total_batch_size=10000"], "lower --block_size"),
+    (["--compile=true"], "torch.compile needs g\\+\\+.*--compile=false"),
+    (["--data=nowhere"], "nowhere.*--input=FILES"), (["--init_from=nowhere.pt"], "nowhere.pt: no such checkpoint"),
+    (["--preset=paper", "--data="], "python prepare_fineweb.py")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="expects a machine without CUDA")
+def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=words) as error:
+        start(tmp_path / "a", data, *flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cpu, dtype, muon_dtype, said", [
+    ("AVX2", "auto", "auto", False), ("AVX2", "bfloat16", "auto", True), ("AVX2", "auto", "bfloat16", True),
+    ("AVX512_BF16", "bfloat16", "bfloat16", False)])
+def test_bfloat16_on_a_cpu_without_it_says_what_it_costs(cpu, dtype, muon_dtype, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    T.resolve(dict(device="cpu", dtype=dtype, muon_dtype=muon_dtype))
+    assert ("250 times as long" in capsys.readouterr().out) == said
+
+
+def run_main(*flags):
+    """train.py's main() as the command line runs it: (exit code or message, what SystemExit carries)."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as error:
+        patch.setattr(sys, "argv", ["train.py", *flags])
+        patch.setattr(T, "Stop", Quiet)                                     # pytest keeps its Ctrl-C
+        command_line(T.main, memory="lower --batch_size")
+    return error.value.code
+
+
+def test_the_command_line_trains_and_tells_the_next_commands(data, tmp_path, capsys):
+    assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert f"python model.py --ckpt={tmp_path / 'a'}/ckpt_000012.pt" in out and "sample:" in out
+    assert f"python train.py --resume --out_dir={tmp_path / 'a'} --max_steps=24" in out
+
+
+@pytest.mark.parametrize("error, code", [
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "train.py: out of memory; lower --b"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "train.py: out of memory; lower --b"),
+    (MemoryError(), "train.py: out of memory; lower --b"), (T.Diverged("step 3"), 3)])
+def test_only_a_lack_of_memory_is_called_so(error, code, data, tmp_path, monkeypatch):
+    def fail(trainer, windows):
+        raise error
+    monkeypatch.setattr(T.Trainer, "update", fail)
+    flags = [f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL]
+    if code is None:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            run_main(*flags)
+    else:
+        assert str(run_main(*flags)).startswith(str(code))
+
+
+def test_a_model_too_large_for_the_machine_is_one_line(data, tmp_path):
+    """A matrix of 1 PB."""
+    huge = ["--n_embd=8388608", "--vocab_size=2", "--ffn_dim=64"]
+    message = run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, *huge)
+    assert message == "train.py: out of memory; lower --batch_size"
+
+
+def test_a_log_that_is_a_folder_is_one_line(data, tmp_path):
+    (tmp_path / "a" / "log.jsonl").mkdir(parents=True)
+    message = run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL)
+    assert re.fullmatch("train.py: .*log.jsonl.*", message) and "irectory" in message
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = run_main(f"--data={data}", f"--out_dir={tmp_path / 'file' / 'a'}", *SMALL)
+    assert re.fullmatch("train.py: .*file.*", message)
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+@pytest.mark.parametrize("source", ["ours", "released"])
+def test_init_from_takes_weights_and_sizes_of_a_checkpoint(source, tmp_path, monkeypatch):
+    """Ids below 96 of a tokenizer that needs no file. Once started, a run no longer needs the source."""
+    gpt2 = types.SimpleNamespace(n_vocab=50257, eot=50256, n_bytes=len)
+    monkeypatch.setattr(T, "get_tokenizer", lambda name: gpt2)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        pf.write_shard(tmp_path / "data" / f"t_{split}_000000.bin", tokens(500).numpy())
+    _, state, model = released("exo_elementwise")
+    path, out = tmp_path / "source.pt", f"--out_dir={tmp_path / 'a'}"
+    torch.save(dict(model=state), path) if source == "released" else saved(model, path)
+    flags = [out, f"--init_from={path}", f"--data={tmp_path / 'data'}", "--device=cpu", "--block_size=32",
+             "--batch_size=2", "--total_batch_size=64", "--max_steps=2"]
+    with pytest.raises(UserError, match="--n_embd=64 does not fit .*source.pt, which has n_embd=32"):
+        T.prepare([*flags, "--n_embd=64"])
+    trainer, run_folder = T.prepare(flags)
+    assert trainer.model.config == replace(model.config, block_size=32)
+    assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), model.parameters()))
+    T.run(trainer, run_folder, Quiet())
+    close(run_folder), path.unlink()
+    assert resume(tmp_path / "a", "--max_steps=3").step == 3
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_run_killed_before_its_first_checkpoint_starts_over(flags, data, tmp_path):
+    """With or without --resume. It left a log and half a checkpoint, which goes."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "a" / "ckpt_000000.pt.part").write_bytes(b"half")
+    trainer, run_folder = start(tmp_path / "a", data, *flags)
+    close(run_folder)
+    assert trainer.step == 0 and sorted(os.listdir(tmp_path / "a")) == ["lock", "log.jsonl"]
+    assert (tmp_path / "a" / "log.jsonl").read_text() == ""
+
+
+def test_a_folder_is_for_one_run_at_a_time(whole, data, tmp_path):
+    _, run_folder = start(tmp_path / "a", data)
+    with pytest.raises(UserError, match="another run is writing there"):
+        T.RunFolder(tmp_path / "a", resume=True)
+    close(run_folder)
+    with pytest.raises(UserError, match="no folder"):
+        T.prepare([f"--out_dir={tmp_path / 'nowhere'}", "--resume"])
+    with pytest.raises(UserError, match="holds a run already.*--resume"):
+        start(copied(whole, tmp_path / "b"), data)
+
+
+@pytest.mark.parametrize("keep, steps", [(2, [9, 12]), (0, [0, 3, 6, 9, 12])])
+def test_only_the_newest_checkpoints_are_kept(keep, steps, data, tmp_path):
+    train_fully(tmp_path / "a", data, f"--keep={keep}", "--save_every=3")
+    assert sorted(os.listdir(tmp_path / "a")) == [*(f"ckpt_{step:06d}.pt" for step in steps), "lock", "log.jsonl"]
+
+
+def test_max_minutes_stops_saved_and_resumable(data, tmp_path):
+    trainer = train_fully(tmp_path / "a", data, "--max_minutes=0.0001")
+    assert (trainer.step, trainer.stopped) == (1, "--max_minutes")
+    assert resume(tmp_path / "a", "--max_minutes=0").step == 12
+
+
+def test_a_checkpoint_of_another_device_sets_adamw_for_this_one(whole, tmp_path):
+    """One saved on CUDA has fused=True."""
+    path = copied(whole, tmp_path / "a") / "ckpt_000012.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["optimizers"][1]["param_groups"][0]["fused"] = True
+    torch.save(checkpoint, path)
+    assert resume(tmp_path / "a").optimizers[1].param_groups[0]["fused"] is False
+
+
+# ---------------------------------------------------------------------------------------------------------------- disks
+
+@pytest.mark.parametrize("split, steps", [("train", 6), ("val", 8)])
+@pytest.mark.parametrize("content", [b"", None])
+def test_data_that_go_bad_in_mid_run_cost_no_step(content, split, steps, whole, data, tmp_path):
+    """Shards that are cut off, or hold a bad token id, after step 6: found at once, or by the next evaluation."""
+    shutil.copytree(data, tmp_path / "data")
+
+    def spoil(trainer):
+        for path in (tmp_path / "data").glob(f"t_{split}_*.bin") if trainer.step == 5 else []:
+            path.write_bytes(content) if content is not None else pf.write_shard(path, np.full(900, 300))
+    spoilt = train_fully(tmp_path / "a", tmp_path / "data", "--save_every=0", before_step=spoil)
+    assert newest_of(tmp_path / "a") == f"ckpt_{steps:06d}.pt" and f"t_{split}_00000" in spoilt.stopped
+    with pytest.raises(UserError, match=f"saved after step {steps}: .*train.py --resume --out_dir="):
+        T.conclude(spoilt, spoilt.stopped, spoilt.stop.problem)
+    shutil.rmtree(tmp_path / "data"), shutil.copytree(data, tmp_path / "data")
+    assert same_state(whole, resume(tmp_path / "a")) == []
+    assert log_of(tmp_path / "a") == log_of(pathlib.Path(whole.config.out_dir))
+
+
+def test_a_log_on_a_full_disk_waits_and_loses_no_line(data, tmp_path, capsys):
+    """Two lines meet a full disk; once there is room, all are written, in order."""
+    _, run_folder = start(tmp_path / "a", data)
+    close(run_folder)
+    written, full = [], [True]
+
+    class Disk(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if full[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(bytes(data))
+            return len(data)
+    run_folder.log = io.TextIOWrapper(io.BufferedWriter(Disk()))
+    for step in (1, 2, 3):
+        full[0] = step < 3
+        run_folder.write(dict(step=step))
+    assert b"".join(written) == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert capsys.readouterr().out.count("COULD NOT WRITE") == 2
+
+
+@pytest.mark.parametrize("harm", [os.remove, lambda path: os.rename(path, f"{path}.old")])
+def test_a_log_that_goes_in_mid_run_costs_no_checkpoint(harm, whole, data, tmp_path):
+    def take(trainer):
+        if trainer.step == 5:
+            harm(tmp_path / "a" / "log.jsonl")
+    assert same_state(whole, train_fully(tmp_path / "a", data, before_step=take)) == []
+    assert newest_of(tmp_path / "a") == "ckpt_000012.pt"
+
+
+def launch(folder, *flags, **options):
+    """train.py as a user starts it."""
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"--out_dir={folder}", *flags]
+    return subprocess.Popen(command, text=True, **{**dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE), **options})
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def lines_of(folder):
+    """How many lines the log has."""
+    return (folder / "log.jsonl").read_text().count("\n") if (folder / "log.jsonl").exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
+def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_path):
+    """Files may not grow past 30 kB: a checkpoint does not fit, log.jsonl does."""
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    process = launch(tmp_path / "a", f"--data={data}", preexec_fn=limit)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err and "ended at step 12 without a checkpoint" in err
+    assert out.count("COULD NOT WRITE") == 4                                # after steps 0, 4, 8, 12
+    assert sorted(os.listdir(tmp_path / "a")) == ["lock", "log.jsonl"]
+    assert len(log_of(tmp_path / "a", "loss")) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("where", ["full disk", "closed pipe"])
+def test_output_that_cannot_be_written_does_not_stop_training(where, data, tmp_path):
+    with open("/dev/full", "w") as full:
+        streams = dict(stdout=full, stderr=full) if where == "full disk" else {}
+        process = launch(tmp_path / "a", f"--data={data}", "--log_every=1", **streams)
+        if where == "closed pipe":
+            process.stdout.close(), process.stderr.close()
+        assert process.wait(timeout=120) == 0
+    assert newest_of(tmp_path / "a") == "ckpt_000012.pt" and len(log_of(tmp_path / "a", "loss")) == 12
+
+
+WITHOUT = """
+import os, sys
+sys.modules["fcntl"] = None
+open_file = os.open
+
+def refuse_folders(path, *args, **options):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    return open_file(path, *args, **options)
+os.open = refuse_folders
+import prepare_fineweb, train
+prepare_fineweb.command_line(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_training_needs_neither_fcntl_nor_an_open_folder(data, tmp_path):
+    """What Windows lacks, as far as that can be played here."""
+    flags = [*SMALL, f"--data={data}", f"--out_dir={tmp_path / 'a'}", "--max_steps=2"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert newest_of(tmp_path / "a") == "ckpt_000002.pt"
+
+
+# ---------------------------------------------------------------------------------------------------- signals and kills
+
+ENDLESS = ["--max_steps=100000", "--eval_every=0", "--save_every=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_tells_how_to_go_on_and_exits_with_its_code(name, data, tmp_path):
+    folder, number = tmp_path / "a", signal.Signals[name]
+    process = launch(folder, f"--data={data}", *ENDLESS)
+    wait_for(lambda: lines_of(folder) > 3)
+    process.send_signal(number)
+    if name == "SIGHUP":                                                    # a closed terminal may send two
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    step = int(newest_of(folder)[5:-3])
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert f"stopped by {name}" in out and f"python train.py --resume --out_dir={folder}" in out
+    assert log_of(folder)[-1]["step"] == step
+    straight = train_fully(tmp_path / "b", data, *ENDLESS, stop_after=step + 2)
+    assert same_state(straight, resume(folder, f"--max_steps={step + 2}")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="looks into /proc")
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    process = launch(tmp_path / "a")
+    wait_for(lambda: "numpy" in pathlib.Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.strip()) == (130, "", "train.py: interrupted")
+
+
+@pytest.mark.slow
+def test_a_storm_of_kills_loses_nothing(data, tmp_path):
+    """One command, again and again. paper/storm.py runs this for as long as you like."""
+    folder, rng = tmp_path / "a", np.random.default_rng(3)
+    flags = [f"--data={data}", "--max_steps=150", "--save_every=5", "--eval_every=50", "--keep=2"]
+    for _ in range(5):
+        process, lines = launch(folder, *flags, *(["--resume"] if folder.exists() else [])), lines_of(folder)
+        wait_for(lambda: process.poll() is not None or lines_of(folder) not in (0, lines))
+        time.sleep(float(rng.uniform(0, 0.7)))
+        process.kill()
+        process.communicate()
+    assert same_state(train_fully(tmp_path / "b", data, *flags), resume(folder)) == []
+    assert log_of(tmp_path / "b") == log_of(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- compiler
+
+def test_evaluation_keeps_the_graph_of_one_pass_only(data, tmp_path):
+    """It runs the training graph; two alive at once would need twice the memory of a training step."""
+    (trainer, run_folder), alive = start(tmp_path / "a", data), [0, 0]                     # now, at most
+    close(run_folder)
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor.detach()                       # the graph itself would be a cycle
+            alive[0] += 1
+            alive[1] = max(alive)
+
+        def __del__(self):
+            alive[0] -= 1
+    peaks = []
+    for tokens in (32, 0):                                                  # one batch, three batches
+        alive[1] = alive[0]
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            trainer.evaluate(tokens, Quiet())
+        peaks.append(alive[1])
+    assert peaks[0] == peaks[1] > 10 and alive[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["base", "resformer", "nuresformer", "exo_dynamic"])
+def test_one_graph_and_no_recompilation(variant):
+    """fullgraph raises on a graph break; new documents and a last batch filled up with -100 must not compile again."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    objective = T.Objective(tiny(variant), T.TrainConfig(dtype="bfloat16"))
+    objective.compile(backend=counter, fullgraph=True, dynamic=False)
+    for seed in range(3):
+        idx, targets = tokens(4, 24, seed=seed), tokens(4, 24, seed=seed + 1)
+        targets[2:] = -100 if seed == 2 else targets[2:]
+        objective(idx, targets, (idx < 9).cumsum(1))[0].backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_compiler_computes_an_internal_anchor_once():
+    from torch._dynamo.backends.common import aot_autograd
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    products = {}
+    for variant in ("gated", "nuresformer"):
+        torch._dynamo.reset()
+        graphs = []
+        backend = aot_autograd(fw_compiler=lambda graph, _: graphs.append(graph) or make_boxed_func(graph.forward),
+                               partition_fn=min_cut_rematerialization_partition)
+        torch.compile(tiny(variant).loss, backend=backend, fullgraph=True)(tokens(2, 24), tokens(2, 24))
+        product = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        products[variant] = sum(node.target in product for node in graphs[0].graph.nodes)
+    assert products["nuresformer"] == products["gated"] == 3 * 4 + 1
+
+
+@pytest.mark.slow
+def test_resume_is_bitwise_compiled_and_at_the_edge_of_an_epoch(data, tmp_path):
+    """block_size 31 makes 42 windows, so that step 14 of 3 x 31 tokens begins an epoch anew."""
+    flags = ["--variant=exo_dynamic", "--compile=true", "--n_layer=1", "--block_size=31", "--batch_size=1",
+             "--total_batch_size=93", "--max_steps=16"]
+    straight = train_fully(tmp_path / "a", data, *flags)
+    assert len(straight.train) == 42
+    train_fully(tmp_path / "b", data, *flags, stop_after=14)
+    assert same_state(straight, resume(tmp_path / "b")) == []
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------------------------- many processes
+
+@pytest.mark.slow
+def test_one_and_three_processes_are_the_same_run(data, tmp_path):
+    """6 sequences a step in 6 and 2 passes a process. Sums are ordered differently, so not bit for bit."""
+    flags = [*SMALL, f"--data={data}", "--variant=exo_dynamic", "--batch_size=1", "--total_batch_size=192",
+             "--max_steps=20", "--eval_every=10"]
+    run_ranks(1, tmp_path / "1", *flags), run_ranks(3, tmp_path / "3", *flags)
+    for a, b in zip(log_of(tmp_path / "1"), log_of(tmp_path / "3"), strict=True):
+        assert list(a) == list(b) and a["step"] == b["step"]
+        assert all(abs(a[key] - b[key]) < 1e-5 for key in ("loss", "val_loss") if key in a)
+    for (name, p), q in zip(weights(tmp_path / "1", 20).items(), weights(tmp_path / "3", 20).values()):
+        torch.testing.assert_close(p, q, atol=2e-4, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_job_and_the_run_resumes(data, tmp_path):
+    folder = tmp_path / "a"
+    process = launch_ranks(2, folder, *SMALL, *ENDLESS, f"--data={data}", "--save_every=5")
+    wait_for(lambda: folder.exists() and len(list(folder.glob("ckpt_*.pt"))) > 2)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    process.communicate(timeout=90)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    step = int(newest_of(folder)[5:-3])
+    run_ranks(1, folder, "--resume", f"--max_steps={step + 2}")
+    assert newest_of(folder) == f"ckpt_{step + 2:06d}.pt"
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_once(data, tmp_path):
+    folder = tmp_path / "a"
+    process = launch_ranks(2, folder, *SMALL, *ENDLESS, f"--data={data}")
+    wait_for(lambda: lines_of(folder) > 3)
+    process.terminate()
+    out = process.communicate(timeout=90)[0]
+    first, last = sorted(path.name for path in folder.glob("ckpt_*.pt"))
+    assert first == "ckpt_000000.pt" and out.count("stopped by SIGTERM") == 1 and process.returncode != 0
+    assert log_of(folder)[-1]["step"] == int(last[5:-3])
