@@ -525,7 +525,7 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(cross_entropy + norm.item()):                  # looked at before a weight is touched
             raise Diverged(f"step {self.step + 1}: loss {cross_entropy}, gradient norm {norm.item()}, learning rates "
-                           f"{rate:.3g} of their peaks; first not finite: {self.first_not_finite()}")
+                           f"{rate:.3g} of their peaks; not finite first: {self.first_not_finite()}")
 
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         for optimizer in self.optimizers:
@@ -741,7 +741,7 @@ def continue_newest(paths, variant, given):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, UserError) or "memory" in str(error):
                 raise
-            why = f"{type(error).__name__}: {str(error).strip()[-80:]}"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[-80:]}"
             print0(f"skipped: {path} is not the whole state of a run ({why})")
     raise UserError(f"{given['out_dir']}: --resume found no whole checkpoint there; start anew in another --out_dir")
 
