@@ -95,7 +95,7 @@ def run(monkeypatch, module, *argv):
 # ---- rendering ----
 
 @pytest.mark.parametrize("shots", [0, 5])
-def test_text_and_tokens_are_lm_evals(golden, shots):
+def test_text_examples_and_tokens_are_lm_evals(golden, shots):
     entries = golden[f"{shots}-shot"]
     examples = H.draw_examples(ROWS, ROWS, shots) if shots else [""] * 40
     items = H.load_items(SAMPLE, shots=shots, limit=len(entries), train=SAMPLE)
@@ -120,17 +120,6 @@ def test_nanogpt_style_takes_the_text_as_it_is(golden):
         assert item.endings == [encode(f" {ending}") for ending in row["endings"]]
 
 
-def test_examples_depend_on_the_place_of_an_item_alone():
-    many, few = (H.draw_examples(ROWS[20:], ROWS[:n], 3) for n in (20, 4))
-    assert many[:4] == few and len(set(many)) == 20
-
-
-def test_an_item_is_never_its_own_example():
-    for row, text in zip(ROWS[:6], H.draw_examples(ROWS[:6], ROWS[:6], 5), strict=True):
-        others = [H.solved_example(other) for other in ROWS[:6] if other is not row]
-        assert len(text) == sum(map(len, others)) and all(other in text for other in others)
-
-
 # ---- scoring ----
 
 @pytest.mark.parametrize("block_size", [1024, 24])
@@ -141,11 +130,6 @@ def test_scores_equal_each_row_alone_whatever_runs_beside_it(variant, block_size
     for batch_tokens in (1, 400, 10 ** 6):
         torch.testing.assert_close(H.score(model, items, batch_tokens), expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(H.score(model, items[::-1]).flip(0), expected, rtol=0, atol=2e-5)
-
-
-def test_five_shot_scores_equal_each_row_alone(golden):
-    model, items = tiny(), H.load_items(SAMPLE, shots=5, limit=1, train=SAMPLE)
-    torch.testing.assert_close(H.score(model, items), score_in_loops(model, items), rtol=0, atol=1e-4)
 
 
 def test_batches_hold_every_item_once_within_their_budget():
@@ -183,9 +167,8 @@ def test_bfloat16_layers_come_close_to_float32(context):
 def test_progress_ends_with_all_tokens_and_items(monkeypatch):
     calls = []
     monkeypatch.setattr(H.Progress, "update", lambda self, done, note: calls.append((self.total, done, note)))
-    H.score(tiny(), random_items(5), batch_tokens=1)
-    assert len(calls) == 5 and calls[-1][0] == calls[-1][1] and calls[-1][2] == ", 5 of 5 items"
-    assert [done for _, done, _ in calls] == sorted({done for _, done, _ in calls})
+    H.score(tiny(), random_items(30), batch_tokens=1000)
+    assert 1 < len(calls) < 30 and calls[-1][0] == calls[-1][1] and calls[-1][2] == ", 30 of 30 items"
 
 
 def test_models_that_cannot_be_scored_are_refused():
@@ -306,8 +289,12 @@ def test_the_command_lines_score_and_compare(golden, tmp_path, capsys, monkeypat
             assert re.search(rf"^{metric} +{expected[metric]:.2%} ", printed, re.M)
             assert sum(line[metric] == line["label"] for line in results[-1]) == round(6 * expected[metric])
     assert not run(monkeypatch, compare_hellaswag, *outs)
-    wins = [sum(a["acc"] == a["label"] for a in lines) / 6 for lines in results]
-    assert f"B - A {100 * (wins[1] - wins[0]):+.2f} points" in capsys.readouterr().out
+    printed, differences = capsys.readouterr().out, set()
+    for metric in H.METRICS:
+        a, b = (sum(line[metric] == line["label"] for line in lines) / 6 for lines in results)
+        assert f"{metric:16} A {a:6.2%}  B {b:6.2%}  B - A {100 * (b - a):+.2f} points" in printed
+        differences.add(b - a)
+    assert len(differences) > 1                                          # else A and B could have changed places
 
 
 def test_user_errors_are_one_line(tmp_path, monkeypatch):
