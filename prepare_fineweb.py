@@ -140,7 +140,7 @@ def command_line(main, memory="use a smaller batch"):
     except (UserError, OSError) as error:
         code = f"{script}: {error}"
     except (MemoryError, RuntimeError) as error:                 # torch's OutOfMemoryError is a RuntimeError
-        if not re.search("MemoryError|(of|allocate) memory", f"{type(error).__name__} {error}"):
+        if not re.search("MemoryError|(of|allocate) memory|new thread", f"{type(error).__name__} {error}"):
             raise
         code = f"{script}: out of memory; {memory}"
     except KeyboardInterrupt:
@@ -340,6 +340,8 @@ def read_parquet(stream):
         raise UserError("to read .parquet, pip install pyarrow; or give .jsonl files")
     from pyarrow import parquet
     for batch in parquet.ParquetFile(stream).iter_batches(batch_size=256, columns=["text"]):
+        if not batch.num_columns:
+            raise ValueError('no column "text"')
         yield from (("start", text or "") for text in batch.column(0).to_pylist())
 
 
@@ -360,8 +362,10 @@ def read_files(paths, counts):
                 for kind, text in READERS[suffix](gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file):
                     counts["read"] = before + file.tell()
                     yield path, kind, text
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{path}: damaged gzip file ({error}); get it again") from None
+            except UserError:
+                raise
+            except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise UserError(f"{path}: damaged file ({error}); get it again") from None
 
 
 def documents(paths, counts, max_bad_lines):
@@ -370,8 +374,8 @@ def documents(paths, counts, max_bad_lines):
         if kind == "bad":
             counts["malformed"] += 1
             if counts["malformed"] > max_bad_lines:
-                raise UserError(f"{path}:{text}; these are more malformed lines than --max_bad_lines={max_bad_lines}, "
-                                "so nothing was written")
+                raise UserError(f"{path}:{text}; these are more malformed lines than --max_bad_lines={max_bad_lines}; "
+                                "nothing was written")
             if counts["malformed"] <= 10:
                 say(f"{path}:{text}; left out", file=sys.stderr)
         elif kind == "start" and not text.strip():
@@ -382,60 +386,57 @@ def documents(paths, counts, max_bad_lines):
             yield kind == "start", text
 
 
-class Split:
-    """Collects the tokens of one split and writes every `limit` of them as a file; a document may run over into the
-    next file."""
-
-    def __init__(self, stem, limit):
-        self.stem, self.buffer, self.used, self.files, self.tokens = stem, np.empty(limit, np.uint16), 0, 0, 0
-
-    def append(self, tokens):
-        self.tokens += len(tokens)
-        while len(tokens):
-            if self.used == len(self.buffer):
-                self.write()
-            now = tokens[:len(self.buffer) - self.used]
-            self.buffer[self.used:self.used + len(now)] = now
-            self.used, tokens = self.used + len(now), tokens[len(now):]
-
-    def write(self):
-        write_shard(f"{self.stem}_{self.files:06d}.bin", self.buffer[:self.used])
-        self.used, self.files = 0, self.files + 1
-
-
-def write_splits(texts, stem, tokenizer, workers, limit, val_fraction, report):
-    """Write (whether a document starts, text), ... as shards STEM_train_000000.bin, STEM_val_000000.bin, ... Returns
-    the numbers of tokens to train on and held out. Threads serve, since tiktoken releases the interpreter's lock."""
-    train, val, number, eot = Split(f"{stem}_train", limit), Split(f"{stem}_val", limit), 0, np.array([tokenizer.eot])
+def encode(texts, tokenizer, workers):
+    """(whether a document starts, tokens) of (whether a document starts, text), in order; only some are in memory.
+    Threads serve, since tiktoken releases the interpreter's lock."""
     with ThreadPoolExecutor(workers) as pool:
         while some := list(itertools.islice(texts, 64 * workers)):
-            for (starts, _), tokens in zip(some, pool.map(tokenizer.to_array, [text for _, text in some])):
-                if starts:                                        # with 0.01, documents 100, 200, ... are held out
-                    number += 1
-                    split = val if int(number * val_fraction) > int((number - 1) * val_fraction) else train
-                    split.append(eot)
-                split.append(tokens)
-            report(train.tokens + val.tokens)
-    if not train.tokens:
+            yield from zip([starts for starts, _ in some], pool.map(tokenizer.to_array, [text for _, text in some]))
+
+
+def write_splits(paths, stem, tokenizer, workers, limit, val_fraction, max_bad_lines):
+    """Write the documents of text files as shards STEM_train_000000.bin, STEM_val_000000.bin, ... of `limit` tokens; a
+    document may run over into the next file. Returns counts of what was read."""
+    counts, waiting, written = Counter(), {"train": [], "val": []}, Counter()
+    bar = Progress("tokenising", sum(map(os.path.getsize, paths)) / 1e6, "MB")
+
+    def write(split, keep):
+        while counts[split] - written[split] * limit > keep:
+            tokens = np.concatenate(waiting[split])
+            write_shard(f"{stem}_{split}_{written[split]:06d}.bin", tokens[:limit])
+            waiting[split], written[split] = [tokens[limit:]], written[split] + 1
+
+    for starts, tokens in encode(documents(paths, counts, max_bad_lines), tokenizer, workers):
+        if starts:                                                # with 0.01, documents 100, 200, ... are held out
+            counts["documents"] += 1
+            n = counts["documents"]
+            split = "val" if int(n * val_fraction) > int((n - 1) * val_fraction) else "train"
+            tokens = np.append(tokenizer.eot, tokens)
+        waiting[split].append(tokens.astype(np.uint16))
+        counts[split] += len(tokens)
+        write(split, limit)
+        bar.update(counts["read"] / 1e6, f", {counts['train'] + counts['val']:,} tokens")
+    bar.end()
+    if not counts["train"]:
         raise UserError("there is no text in these files; nothing was written")
-    if val_fraction and not val.tokens:                           # there was one document: hold out its end
-        tail = min(train.used // 2, max(WINDOW, int(val_fraction * train.tokens)))
-        train.used, train.tokens = train.used - tail, train.tokens - tail
-        val.append(np.append(eot, train.buffer[train.used:train.used + tail]))
-    if val_fraction and val.tokens < WINDOW:
-        raise UserError(f"only {val.tokens} of {train.tokens + val.tokens} tokens would be held out and train.py needs "
-                        f"{WINDOW} or more; give a larger --val_fraction or more text (nothing was written)")
-    train.write()
-    if val.tokens:
-        val.write()
-    return train.tokens, val.tokens
+    if val_fraction and not counts["val"]:                        # there was one document: hold out its end
+        tokens = np.concatenate(waiting["train"])
+        tail = min(len(tokens) // 2, max(WINDOW, int(val_fraction * counts["train"])))
+        waiting["train"], waiting["val"] = [tokens[:-tail]], [[tokenizer.eot], tokens[-tail:]]
+        counts["train"], counts["val"] = counts["train"] - tail, 1 + tail
+    if val_fraction and counts["val"] < WINDOW:
+        raise UserError(f"only {counts['val']} of {counts['train'] + counts['val']} tokens would be held out, train.py "
+                        f"needs {WINDOW} or more; give a larger --val_fraction or more text (nothing was written)")
+    write("train", 0)
+    write("val", 0)
+    return counts
 
 
 def tokenise(paths, folder, tokenizer="gpt2", workers=1, shard_tokens=SHARD_TOKENS, val_fraction=0.01,
              max_bad_lines=100, prefix="text", wait=False):
     """Make the shards of `folder` from text files; returns its meta. They are made in folder.part, which is renamed
     when all are complete. Every 1/val_fraction-th document is held out. The number of threads changes nothing."""
-    stats, n_vocab, counts = [os.stat(path) for path in paths], TOKENIZERS[tokenizer], Counter()
+    stats, n_vocab = [os.stat(path) for path in paths], TOKENIZERS[tokenizer]
     recipe = {"inputs": [[os.path.basename(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)],
               "tokenizer": tokenizer, "shard_tokens": shard_tokens, "val_fraction": val_fraction}
     with locked(folder, wait, beside=True):
@@ -449,19 +450,16 @@ def tokenise(paths, folder, tokenizer="gpt2", workers=1, shard_tokens=SHARD_TOKE
         shutil.rmtree(part, ignore_errors=True)                  # of a run that was killed
         os.mkdir(part)
         try:
-            bar = Progress("tokenising", sum(stat.st_size for stat in stats) / 1e6, "MB")
-            train, val = write_splits(documents(paths, counts, max_bad_lines), os.path.join(part, prefix),
-                                      get_tokenizer(tokenizer), workers, shard_tokens, val_fraction,
-                                      lambda n: bar.update(counts["read"] / 1e6, f", {n:,} tokens"))
-            bar.end()
+            counts = write_splits(paths, os.path.join(part, prefix), get_tokenizer(tokenizer), workers, shard_tokens,
+                                  val_fraction, max_bad_lines)
             files = {name: examine(os.path.join(part, name), tokenizer) for name in shard_names(part)}
             meta = {"tokenizer": tokenizer, "n_vocab": n_vocab, "eot": n_vocab - 1, "files": files, "recipe": recipe}
             write_meta(part, meta)
             publish_file(part, os.path.realpath(folder))
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    say(f"{folder}: {train:,} tokens to train on, {val:,} held out, in {len(files)} shards, from {counts['bytes']:,} "
-        f"bytes of text; left out: {counts['empty']} empty documents, {counts['malformed']} malformed lines; kept: "
+    say(f"{folder}: {counts['train']:,} tokens to train on, {counts['val']:,} held out, from {counts['bytes']:,} bytes "
+        f"of text; left out: {counts['empty']} empty documents, {counts['malformed']} malformed lines; kept: "
         f"{counts['odd']} documents with NUL or U+FFFD (not UTF-8)")
     return meta
 
@@ -555,8 +553,8 @@ def receive(url, part, size, progress):
 
 
 def get(url, start):
-    """The open response to a GET of `url` from byte `start` on. Raises what requests raises: ValueErrors for what can be
-    no address or token, other RequestExceptions for what may pass."""
+    """The open response to a GET of `url` from byte `start` on. Raises what requests raises: ValueErrors for what can
+    be no address or token, other RequestExceptions for what may pass."""
     import requests
     session, (endpoint, token) = requests.Session(), hub()
 
@@ -659,7 +657,7 @@ def verify(folder):
     if not names:
         raise UserError(f"{folder}: there are no shards here")
     for name in names:
-        path, known = os.path.join(folder, name), {"bytes": sizes.get(name), **files.get(name, {})}
+        path, known = os.path.join(folder, name), files.get(name) or {"bytes": sizes.get(name)}
         try:
             facts = examine(path, meta["tokenizer"])
             for key, value in known.items():
@@ -707,7 +705,7 @@ def expand(patterns):
     """File names from names and patterns, in the order given; the matches of a pattern sorted."""
     paths = []
     for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else [p for p in sorted(glob.glob(pattern)) if os.path.isfile(p)]
+        found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
         if not found:
             raise UserError(f"{pattern}: no such file; --input takes files and patterns like 'folder/*.jsonl.gz'")
         paths += found
