@@ -44,7 +44,9 @@ GAMMA_STYLES = (
 NAMES = {"q": "queries", "k": "keys", "v": "values", "g": "gates"}
 CUSTOM = dict(color="#7A3E9D", linestyle=(0, (4, 1, 1, 1, 1, 1)), marker="d", fillstyle="full")     # no row of Table 3
 DPI, LEGEND = 130, 135                                         # characters that fit below a picture of two columns
-AGAIN = ("right", "bottom", "top")                             # marker filling of a variant's further checkpoints
+AGAIN = (                                                      # of a variant's further checkpoints
+    dict(fillstyle="right", linestyle=(0, (3, 3))), dict(fillstyle="bottom", linestyle=(0, (10, 3))),
+    dict(fillstyle="top", linestyle=(0, (1, 4))))
 
 
 # -------------------------------------------------------------------------------------------------- what pictures share
@@ -113,7 +115,8 @@ def heat_map(axes, values, limits, across, down, aspect="auto", names_shown=8, *
 
 def inner_limits(values):
     """The 2nd and 98th percentile of what is finite: the limits of a map that outliers shall not rule."""
-    return np.percentile(values[np.isfinite(values)], (2, 98))
+    low, high = np.percentile(values[np.isfinite(values)], (2, 98))
+    return (low, high) if low < high else (low - 0.5, high + 0.5)                    # all alike: the middle colour
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -140,8 +143,8 @@ def styles_of(records):
         style = dict(CUSTOM if record["variant"] == "custom" else variant_style(record["variant"]))
         if record["ablate_anchor"]:
             style |= dict(fillstyle="none", linestyle=":")
-        fills = [fill for fill in AGAIN if {**style, "fillstyle": fill} not in styles.values()]
-        styles[record["label"]] = {**style, "fillstyle": fills[0]} if style in styles.values() and fills else style
+        free = [look for look in (style, *({**style, **again} for again in AGAIN)) if look not in styles.values()]
+        styles[record["label"]] = free[0] if free else style
     return styles
 
 

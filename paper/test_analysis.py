@@ -503,7 +503,7 @@ def test_gates_lambdas_and_embedding_are_printed(capsys):
     rows = rows_under("Lambdas", printed)
     assert rows["mine", "q"] == ["q", "1.000", "0.250", "0.250", "0.000", "1.000"]
     assert rows["mine", "k"][-1] == "-" and rows["mine", "all"] == ["all", "0.250"]
-    assert " 0.625 -0.125" in printed
+    assert printed.splitlines()[-2:] == ["mine", "     0.625 -0.125"]
 
 
 def test_near_zero_lambdas_are_compared_between_norms_alone(capsys):
@@ -630,6 +630,7 @@ def test_styles_tell_everything_apart_in_black_and_white(records):
     styles = figures.styles_of(records + [{**records[0], "label": "seed 2"}, {**records[0], "label": "seed 3"}])
     looks = [(style["marker"], style["fillstyle"]) for style in styles.values()]
     assert len(set(looks)) == len(looks) == 9 and styles["cut"]["fillstyle"] == "none"
+    assert len({styles[label]["linestyle"] for label in ("base", "seed 2", "seed 3")}) == 3
     for one, other in (("cut", "exo_dynamic"), ("seed 2", "base")):
         assert (styles[one]["color"], styles[one]["marker"]) == (styles[other]["color"], styles[other]["marker"])
 
@@ -684,6 +685,12 @@ def test_names_of_a_map_lie_in_the_middle_of_their_parts(pages):
     figures.heat_map(axes, np.zeros((20, 12)), (0, 1), ["a", "b", "c"], range(20))
     assert axes.get_xticks().tolist() == [1.5, 5.5, 9.5] and axes.get_yticks().tolist() == [0, 3, 6, 9, 12, 15, 18]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "3", "6", "9", "12", "15", "18"]
+
+
+def test_limits_leave_out_what_is_far_off_and_keep_equal_numbers_apart():
+    """The 2nd and 98th percentile of finite numbers; where all are equal a range around them."""
+    assert figures.inner_limits(np.array([*range(101), np.inf, np.nan])) == (2, 98)
+    assert figures.inner_limits(np.ones(5)) == (0.5, 1.5)
 
 
 def panels(page):

@@ -52,7 +52,9 @@ def use_over_training(folder, data="", device="cpu", rows=1):
     steps = {int(re.search(r"(\d+)\.pt$", path)[1]): path for path in paths}
     if not steps:
         raise UserError(f"{folder}: no checkpoint (ckpt_*.pt) of train.py in this folder")
-    settings = read_checkpoint(paths[0])["train_config"]
+    settings = read_checkpoint(paths[0]).get("train_config")
+    if settings is None:
+        raise UserError(f"{paths[0]}: holds weights but no settings of a run; give a run folder of train.py")
     uses = [use_in(steps[step], data or settings["data"], device, rows) for step in sorted(steps)]
     return np.array(sorted(steps)) * settings["total_batch_size"], {
         name: np.stack([use[name] for use in uses], axis=1) for name in uses[0]}
@@ -62,17 +64,19 @@ def draw(runs, path):
     """Write the picture of {label: (tokens, {quantity: values})}: a row of maps for each run, a column and a colour
     scale for each quantity that any has."""
     names = [name for name in QUANTITIES if any(name in use for _, use in runs.values())]
+    most = max(tokens[-1] for tokens, _ in runs.values())
+    unit, word = (1e9, "billions") if most >= 1e9 else (1e6, "millions") if most >= 1e6 else (1e3, "thousands")
     page = Page(len(runs), len(names), "Layers over training", width=2.7, height=2.1)
     for column, name in zip(page.axes.reshape(len(runs), -1).T, names):
         limits = inner_limits(np.concatenate([use[name].flatten() for _, use in runs.values() if name in use]))
         for axes, (label, (tokens, use)) in zip(column, runs.items()):
             if name in use:
-                lowest, image = axes, heat_map(axes, use[name], limits, [f"{t / 1e6:.3g}" for t in tokens],
+                lowest, image = axes, heat_map(axes, use[name], limits, [f"{t / unit:.3g}" for t in tokens],
                                                range(1, len(use[name]) + 1), names_shown=4,
                                                ylabel=f"{label}\nlayer" if name == names[0] else "layer")
             else:
                 axes.set_axis_off()
-        lowest.set_xlabel("tokens (millions)")
+        lowest.set_xlabel(f"tokens ({word})")
         column[0].set_title(QUANTITIES[name][1], fontsize=11)
         page.figure.colorbar(image, ax=list(column), location="bottom", aspect=25, pad=0.02, extend="both")
     return page.finish(path)
