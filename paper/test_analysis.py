@@ -358,7 +358,7 @@ def test_correlation_of_bands_matches_loops():
 
 
 @pytest.mark.parametrize("similarity, start", [
-    ([0.1, 0.6, 0.9, 0.5, 0.7, 0.95, 0.4], 3),             # the paper's shape: up, dip, up, and a fall in the last layer
+    ([0.1, 0.6, 0.9, 0.5, 0.7, 0.95, 0.4], 3),             # the paper's shape: up, dip, up, a fall at the end
     ([0.1, 0.6, 0.59, 0.6, 0.9, 0.5, 0.7, 0.3], 5),        # a ripple on the way up is no dip
     ([0.1, 0.9, 0.3, 0.4, 0.2, 0.8], 4),                   # the lowest point of a wide dip
     ([0.1, 0.2, 0.5, 0.8], None),                          # only up
@@ -479,7 +479,8 @@ def planted(**changes):
         model_config=dict(n_layer=layers, n_embd=64, anchor="exogenous", anchor_norm="qkvg", granularity="elementwise"),
         averages=dict(attention_sink=0.25, token_similarity=0.5, pca_core_features=12.0, attention_entropy=2.0,
                       gate_mean=0.4, gate_sparsity=0.1),
-        by_layer=dict(token_similarity=similarity, pca_core_features=[60] + [20] * 29 + [33], gate_mean=[0.45] * layers),
+        by_layer=dict(token_similarity=similarity, pca_core_features=[60] + [20] * 29 + [33],
+                      gate_mean=[0.45] * layers),
         hidden_similarity=[[1.0, 0.625, -0.125]], lambdas=dict(q=lambdas, k=lambdas), anchor_use=dict(q=use, k=use))
     return {**record, **changes}
 
