@@ -206,7 +206,7 @@ def test_documents_of_every_kind_of_file_come_in_order_each_after_an_end_of_text
     (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfline 1\r\nline 2 <|endoftext|>\n")
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress("fünf".encode()))
     names = ["a.jsonl", "b.jsonl.gz", "c.txt", "d.txt.gz"]
-    meta = make_shards(tmp_path / "out", [tmp_path / name for name in names], val_fraction=0)
+    meta = make_shards(tmp_path / "out", [tmp_path / name for name in names], val_fraction=0, max_bad_lines=0)
     texts = ["one\n", "twö", "three", "four", "line 1\r\nline 2 <|endoftext|>\n", "fünf"]
     assert all_tokens(tmp_path / "out", "train") == byte_documents(texts)
     assert meta == pf.read_meta(str(tmp_path / "out")) and meta["tokenizer"] == "bytes" and meta["n_vocab"] == 257
@@ -510,9 +510,9 @@ LIMITED = ("import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import pr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
-@pytest.mark.parametrize("room", [1 << 20, 100 << 20])                          # for no thread; for a document no more
-def test_too_little_memory_is_one_line(tmp_path, room):
-    path = write_jsonl(tmp_path / "a.jsonl", ["text " * 6_000_000])
+@pytest.mark.parametrize("room, words", [(3 << 20, 100), (100 << 20, 6_000_000)])       # for no thread; for no text
+def test_too_little_memory_is_one_line(tmp_path, room, words):
+    path = write_jsonl(tmp_path / "a.jsonl", ["text " * words])
     process = start("-c", LIMITED, os.path.dirname(pf.__file__), room, f"--input={path}", "--tokenizer=bytes",
                     f"--out={tmp_path / 'out'}")
     assert process.communicate(timeout=60)[1] == "-c: out of memory; REMEDY\n" and process.returncode == 1
@@ -642,8 +642,8 @@ class Troubled(http.server.BaseHTTPRequestHandler):
 
 
 def listing_of(files, sign=1):
-    rows = [{"type": "file", "path": name, "size": sign * len(body), "oid": "0" * 40,
-             "lfs": {"oid": hashlib.sha256(body).hexdigest(), "size": sign * len(body)}} for name, body in files.items()]
+    rows = [{"type": "file", "path": name, "size": sign * len(body), "oid": "0" * 40, "lfs": {
+        "oid": hashlib.sha256(body).hexdigest(), "size": sign * len(body)}} for name, body in files.items()]
     return 200, {}, json.dumps([{"type": "file", "path": "README.md", "size": 5, "oid": "1" * 40}, *rows]).encode()
 
 
