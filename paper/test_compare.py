@@ -117,6 +117,8 @@ def test_a_custom_configuration_is_named_by_the_folder_of_a_sweep_and_by_what_co
                       write_run(tmp_path / "exo-anchor_norm=none-seed1", points, "exo_nonorm", 1)])
     assert [row for row, name in found if name == "runs"] == ["exo mix=qk anchor_norm=qk", "mine",
                                                               "exo anchor_norm=none"]
+    alone = cells([write_run(tmp_path / "exo", points, "base", 1)])[0]             # a name that is not true
+    assert {row for row, _ in alone} == {"exo gate=False anchor=none mix=none anchor_norm=none"}
 
 
 def test_a_last_evaluation_on_other_tokens_stays_out_of_curve_and_ratio(tmp_path):
@@ -162,7 +164,7 @@ def test_a_diverged_run_is_a_note_and_no_row(tmp_path):
 @pytest.mark.parametrize("a, b, expected", [
     ([1, 2, 3, 4], [10, 20, 30, 40], 1), ([1, 2, 3, 4], [4, 3, 2, 1], -1),
     ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 1 - 6 * 4 / (5 * 24)),                       # 1 - 6 sum d^2 / (n (n^2 - 1))
-    ([1, 2, 3], [5, 5, 9], (3 / 2) / math.sqrt(2 * 3 / 2))])                        # ranks 1.5 1.5 3: cov / (sd sd)
+    ([1, 2, 3, 4], [5, 6, 6, 9], 4.5 / math.sqrt(5 * 4.5))])                        # ranks 1 2.5 2.5 4
 def test_rank_correlation_equals_the_textbooks(a, b, expected):
     assert compare.spearman(a, b) == pytest.approx(expected)
 

@@ -101,6 +101,20 @@ def test_a_run_killed_before_its_first_checkpoint_is_started_by_the_same_command
     assert run_sweep(fake) == 0 and fake.commands[0] == ("base-seed1", False) and len(fake.commands) == 4
 
 
+@pytest.mark.parametrize("log, saved, state", [
+    ("", False, "new"), ('{"step": 0, "val_loss": 5.0}\n', False, "new"),
+    ('{"step": 0, "val_loss": 5.0}\n', True, "stopped"),
+    ('{"step": 20, "loss": 5.0}\n', True, "stopped"),                             # saved, but killed in its evaluation
+    ('{"step": 20, "val_loss": 5.0}\n', True, "finished"), ('{"step": 7, "diverged": true}\n', True, "diverged")])
+def test_the_state_of_a_run_is_told_by_its_log(tmp_path, log, saved, state):
+    job = sweep.Job("exo", {}, dict(seed=1, max_steps=20), str(tmp_path))
+    os.mkdir(job.folder)
+    (tmp_path / "exo-seed1" / "log.jsonl").write_text(log)
+    if saved:
+        (tmp_path / "exo-seed1" / "ckpt_000000.pt").write_text("")
+    assert job.state() == state
+
+
 def test_a_diverged_run_is_named_not_tried_again_and_the_others_go_on(tmp_path, run_sweep, capsys):
     assert run_sweep(FakeTrain({"exo-seed1": (3, 10)})) == 0
     assert run_sweep(no_run) == 0
