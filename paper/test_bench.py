@@ -44,8 +44,8 @@ def test_a_step_is_counted_in_tokens_and_in_the_flops_of_its_products(monkeypatc
     assert lines[0].startswith("machine ") and "32 tokens a step" in lines[1] and "eager" in lines[1]
     product, flops = 2 * 32 * 16 * 64 / 1e-5, (6 * (22 * 256 + 4 * 256 + 512 * 16) + 12 * 2 * 16 * 16) * 32 / 3e-3
     assert f"{product / 1e9:.1f} GFLOP/s" in lines[1]
-    assert lines[-1].replace("|", " ").split() == ["exo", "1.5", "1.500", "3.0", "1.500", "10,667", f"{flops / 1e9:.1f}",
-                                                   f"{flops / product:.2f}"]
+    assert lines[-1].replace("|", " ").split() == [
+        "exo", "1.5", "1.500", "3.0", "1.500", "10,667", f"{flops / 1e9:.1f}", f"{flops / product:.2f}"]
 
 
 def test_every_variant_decodes_as_many_tokens_as_were_asked_for(monkeypatch, capsys):
