@@ -311,7 +311,7 @@ def evaluate(model, items, batch_tokens=8192, dtype=torch.float32):
 
 def parse_arguments():
     """The command line as a namespace; argparse ends the program where it is wrong."""
-    parser = argparse.ArgumentParser(description="HellaSwag accuracy of a checkpoint.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint to score: one of train.py, or one released with the paper")
     add("--shots", type=int, default=0, help="solved examples in front of each item; the paper uses 5")

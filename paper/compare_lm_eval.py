@@ -1,11 +1,13 @@
-"""Is eval_hellaswag.py the same as lm-evaluation-harness? Compare text, tokens and scores item by item.
+"""
+Is eval_hellaswag.py the same as lm-evaluation-harness? Compares text, tokens and scores item by item.
 
     python paper/compare_lm_eval.py --data=hellaswag_val.jsonl --train=hellaswag_train.jsonl --shots=5
 
-Needs `pip install lm_eval datasets transformers accelerate` (tried with lm_eval 0.4.13). It runs lm_eval's own
-HellaSwag task on local files, and lm_eval's own scoring loop over a random-weight model.
+Runs lm_eval's own HellaSwag task on local files, and lm_eval's own scoring loop over a model with random weights.
+Needs `pip install -r paper/requirements.txt` (tried with lm_eval 0.4.13).
 """
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +19,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import eval_hellaswag
 from model import ExoFormer, variant_config
-from prepare_fineweb import get_tokenizer
+from prepare_fineweb import UserError, command_line, get_tokenizer
 
 LICENCE = "HellaSwag items, Copyright (c) 2019 Rowan Zellers, MIT licence, https://github.com/rowanz/hellaswag"
 # where GPT-2's tokenizer cuts ASCII text
@@ -25,7 +27,7 @@ GPT2_PIECE = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z
 
 
 def harness_requests(data, train, shots, limit):
-    """lm_eval's (context, continuation) pairs, four per item in file order, and its task object."""
+    """(lm_eval's task object, its (context, continuation) pairs: four per item, in file order)."""
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks.hellaswag.utils import process_docs
     task = ConfigurableTask(config={
@@ -61,15 +63,13 @@ def harness_model(model):
     return Harness()
 
 
-def compare_rendering(items, requests, harness):
+def count_different(items, requests, harness):
     """Number of items whose tokens or character counts differ from lm_eval's."""
     different = 0
     for item in items:
         pairs = requests[4 * item.index:4 * item.index + 4]
-        encoded = [harness._encode_pair(*pair) for pair in pairs]
-        same = ([(item.context, ending) for ending in item.endings] == encoded
-                and item.characters == [len(continuation) - 1 for _, continuation in pairs])
-        different += not same
+        ours = [(item.context, ending) for ending in item.endings], item.characters
+        different += ours != ([harness._encode_pair(*pair) for pair in pairs], [len(text) - 1 for _, text in pairs])
     return different
 
 
@@ -80,22 +80,21 @@ def compare_scores(model, items, task, harness):
     answers = harness.loglikelihood(instances, disable_tqdm=True)
     theirs = torch.tensor([score for score, _ in answers], dtype=torch.float64).view(-1, 4)
     ours = eval_hellaswag.score(model, items)
-    predicted = eval_hellaswag.predictions(items, ours)
-    other = eval_hellaswag.predictions(items, theirs)
-    top = ours.topk(2, dim=-1).values
-    differ = predicted["acc"] != other["acc"]
+    predicted, other = (eval_hellaswag.predictions(items, scores) for scores in (ours, theirs))
+    accuracy = eval_hellaswag.accuracy(items, predicted)
     results = [task.process_results(instances[4 * i].doc, answers[4 * i:4 * i + 4]) for i in range(len(items))]
     for metric in ("acc", "acc_norm"):
-        right = sum(int(predicted[metric][i]) == item.label for i, item in enumerate(items))
-        print(f"{metric}: lm_eval {sum(r[metric] for r in results) / len(items):.4f}, ours {right / len(items):.4f}, "
+        print(f"{metric}: lm_eval {sum(r[metric] for r in results) / len(items):.4f}, ours {accuracy[metric]:.4f}, "
               f"predictions that differ: {int((predicted[metric] != other[metric]).sum())}")
+    best, second = ours.topk(2, dim=-1).values.T
+    clear = (predicted["acc"] != other["acc"]) & (best - second > 1e-3)
     print(f"largest difference of a score {float((ours - theirs).abs().max()):.2e}; predictions that differ though the "
-          f"best two are more than 1e-3 apart: {int((differ & (top[:, 0] - top[:, 1] > 1e-3)).sum())}")
+          f"best two are more than 1e-3 apart: {int(clear.sum())}")
 
 
-def random_model(block_size, seed=0):
+def random_model(block_size):
     """A small ExoFormer whose zero-initialised matrices are random too."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = variant_config("exo", n_layer=2, n_embd=64, n_head=2, vocab_size=50257, block_size=block_size)
     model = ExoFormer(config).eval()
     for p in model.parameters():
@@ -105,11 +104,13 @@ def random_model(block_size, seed=0):
 
 
 def write_golden(folder, data, count=40, few=5):
-    """Write test data. hellaswag_sample.jsonl: `count` rows spread over the file. hellaswag_golden.json: the text and
-    tokens that lm_eval makes of them, 0-shot, and 5-shot for the first `few` with examples drawn from the same rows;
-    and every piece of those texts that GPT-2's tokenizer treats as one, with its tokens, so that tests need no
-    download."""
-    rows = eval_hellaswag.read_split("val", data, "")
+    """Write the data of test_hellaswag.py, made so that tests need no download.
+
+    hellaswag_sample.jsonl  `count` rows spread over the file
+    hellaswag_golden.json   the text and tokens that lm_eval makes of them 0-shot, and 5-shot for the first `few` with
+                            examples from the same rows; and the tokens of each piece into which GPT-2 cuts these texts
+    """
+    rows = eval_hellaswag.read_split("val", data)
     rows = rows[::len(rows) // count][:count]
     sample = os.path.join(folder, "hellaswag_sample.jsonl")
     with open(sample, "w") as file:
@@ -136,6 +137,7 @@ def golden_entry(harness, pairs):
 
 
 def main():
+    """Print how many items are rendered differently and how far scores differ, or write the test data."""
     parser = argparse.ArgumentParser(description="Compare eval_hellaswag.py with lm_eval.")
     parser.add_argument("--data", required=True, help="validation items, .jsonl")
     parser.add_argument("--train", required=True, help="training items, .jsonl")
@@ -145,16 +147,18 @@ def main():
     parser.add_argument("--block_size", type=int, default=1024, help="of the random model; a small one tests cutting")
     parser.add_argument("--golden", metavar="FOLDER", help="write the test data into this folder, and stop")
     args = parser.parse_args()
+    if not all(map(importlib.util.find_spec, ("lm_eval", "transformers", "accelerate"))):
+        raise UserError("needs lm_eval with its Hugging Face models: pip install -r paper/requirements.txt")
     if args.golden:
         return write_golden(args.golden, args.data)
-    task, requests = harness_requests(args.data, args.train, args.shots, args.limit)
     items = eval_hellaswag.load_items(args.data, args.shots, "lmeval", args.limit, args.train)
+    task, requests = harness_requests(args.data, args.train, args.shots, args.limit)
     model = random_model(args.block_size)
     harness = harness_model(model)
-    different = compare_rendering(items, requests, harness)
+    different = count_different(items, requests, harness)
     print(f"{args.shots}-shot: {different} of {len(items)} items are rendered differently")
     compare_scores(model, items[::max(1, len(items) // args.score)][:args.score], task, harness)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)
