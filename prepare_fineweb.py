@@ -422,7 +422,8 @@ def write_splits(paths, stem, tokenizer, workers, limit, val_fraction, max_bad_l
     if val_fraction and not counts["val"]:                        # there was one document: hold out its end
         tokens = np.concatenate(waiting["train"])
         tail = min(len(tokens) // 2, max(WINDOW, int(val_fraction * counts["train"])))
-        waiting["train"], waiting["val"] = [tokens[:-tail]], [[tokenizer.eot], tokens[-tail:]]
+        rest, end = np.split(tokens, [len(tokens) - tail])
+        waiting["train"], waiting["val"] = [rest], [[tokenizer.eot], end]
         counts["train"], counts["val"] = counts["train"] - tail, 1 + tail
     if val_fraction and counts["val"] < WINDOW:
         raise UserError(f"only {counts['val']} of {counts['train'] + counts['val']} tokens would be held out, train.py "
