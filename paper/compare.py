@@ -335,7 +335,8 @@ def cells_of(group, groups):
         baseline = baseline_of(group, groups, name)
         mean, error = difference(group, baseline)
         cells[f"loss - {name}"] = show(mean, "{:+.4f}", error)
-        cells[f"tokens, {name} / own"] = show_ratios(token_ratios(group, baseline))
+        if name != FIRST:
+            cells[f"tokens, {name} / own"] = show_ratios(token_ratios(group, baseline))
     return cells
 
 
@@ -363,9 +364,9 @@ def notes(groups, diverged):
         yield f"NOT FINISHED: {run.name} is at step {run.step} of {run.settings.get('max_steps', 'an unknown number')}"
     if any(len(run.curve()) < len(run.points) for run in runs):
         yield "the last evaluation has other tokens (--final_eval_tokens) than those before: curves, ratios without it"
-    yield from (f"DIVERGED: {run.name} after step {run.step}; it is in no row" for run in diverged)
+    yield from (f"DIVERGED: {run.name} after step {run.step}, in no row" for run in diverged)
     yield from sorted({" | ".join(f"{key} {run.origin[key]}" for key in ("machine", "torch", "commit", "command"))
-                       for run in runs})
+                       for run in runs + diverged})
 
 
 def summarise(runs):
@@ -401,9 +402,11 @@ def variant_style(variant):
 
 
 def styles_of(groups):
-    """A style for each group: the first of a variant has the variant's own, others that of a variant not here."""
+    """A style for each group: the first of a variant has the variant's own, others that of a variant not here, those
+    first that differ by colour."""
     here = [group.variant for group in groups]
-    free = [variant_style(name) for name in VARIANTS if name not in here] + [variant_style("base")] * len(groups)
+    free = [variant_style(name) for name in VARIANTS if name not in here]
+    free = sorted(free, key=lambda style: style["fillstyle"] != "full") + [variant_style("base")] * len(groups)
     return [variant_style(variant) if variant and variant not in here[:i] else free.pop(0)
             for i, variant in enumerate(here)]
 
