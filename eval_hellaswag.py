@@ -18,7 +18,6 @@ similar length run together, padded on the right: attention is causal, so no sco
 import argparse
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -202,13 +201,12 @@ def plan(items, block_size, batch_tokens):
     """
     shaped = sorted(((*shape_of(item, block_size), item) for item in items), key=lambda s: s[:2], reverse=True)
     batches = []
-    for prefix, group in itertools.groupby(shaped, key=lambda s: s[0]):
-        group = list(group)
-        while group:
-            length = group[0][1]
-            room = max(1, batch_tokens // (4 * length))
-            batches.append((prefix, length, [item for _, _, item in group[:room]]))
-            group = group[room:]
+    while shaped:
+        prefix, length, _ = shaped[0]
+        room = max(1, batch_tokens // (4 * length))
+        batch = [item for other, _, item in shaped[:room] if other == prefix]
+        batches.append((prefix, length, batch))
+        del shaped[:len(batch)]
     return batches
 
 
@@ -300,11 +298,6 @@ def accuracy(items, predicted):
         mean = sum(int(c) == item.label for c, item in zip(choice, items)) / n
         result[metric], result[f"{metric}_stderr"] = mean, math.sqrt(mean * (1 - mean) / max(1, n - 1))
     return result
-
-
-def evaluate(model, items, batch_tokens=8192, dtype=torch.float32):
-    """`score`, then `accuracy`. Arguments as in `score`."""
-    return accuracy(items, predictions(items, score(model, items, batch_tokens, dtype)))
 
 
 # ------------------------------------------------------------------------------------------------------- 5 command line

@@ -178,7 +178,7 @@ def test_models_that_cannot_be_scored_are_refused():
     for model, message in ((tiny(tokenizer="bytes"), "tokenizer 'bytes'"), (tiny(vocab_size=512), "trained on 512"),
                            (tiny(block_size=4), "does not fit into block_size=4"), (broken, "not finite")):
         with pytest.raises(UserError, match=message):
-            H.evaluate(model, items)
+            H.score(model, items)
 
 
 # ---- accuracy ----
@@ -284,7 +284,7 @@ def test_the_command_lines_score_and_compare(golden, tmp_path, capsys, monkeypat
         items = H.load_items(SAMPLE, limit=6)
         assert [line["index"] for line in results[-1]] == list(range(6))
         assert [line["scores"] for line in results[-1]] == H.score(model, items).tolist()
-        expected, printed = H.evaluate(model, items), capsys.readouterr().out
+        expected, printed = H.accuracy(items, H.predictions(items, H.score(model, items))), capsys.readouterr().out
         for metric in H.METRICS:
             assert re.search(rf"^{metric} +{expected[metric]:.2%} ", printed, re.M)
             assert sum(line[metric] == line["label"] for line in results[-1]) == round(6 * expected[metric])
