@@ -449,8 +449,8 @@ def tokenise(paths, folder, tokenizer="gpt2", workers=1, shard_tokens=SHARD_TOKE
             raise UserError(f"{folder}: is there already, incomplete or made from other files or settings; remove it "
                             "or choose another --out")
         shutil.rmtree(part, ignore_errors=True)                  # of a run that was killed
-        os.mkdir(part)
         try:
+            os.mkdir(part)
             counts = write_splits(paths, os.path.join(part, prefix), get_tokenizer(tokenizer), workers, shard_tokens,
                                   val_fraction, max_bad_lines)
             files = {name: examine(os.path.join(part, name), tokenizer) for name in shard_names(part)}
