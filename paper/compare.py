@@ -40,6 +40,7 @@ from train import TrainConfig
 
 NOT_THE_EXPERIMENT = set("""seed out_dir resume device compile deterministic max_minutes batch_size save_every keep
     log_every sample_tokens hellaswag_every""".split())
+DEFAULTS = {**vars(TrainConfig()), **vars(ModelConfig())}      # also of settings that a run of older code did not have
 WHAT_IS_MEASURED = "data tokenizer vocab_size block_size mask_documents eval_tokens final_eval_tokens".split()
 
 
@@ -74,8 +75,9 @@ class Run:
     @property
     def experiment(self):
         """What repetitions of a run share: all settings but the seed and those that only steer the run."""
-        shared = {name: value for name, value in self.settings.items() if name not in NOT_THE_EXPERIMENT}
-        return json.dumps(shared, sort_keys=True) if shared else self.name
+        shared = {name: value for name, value in self.settings.items()
+                  if name not in NOT_THE_EXPERIMENT and value != DEFAULTS.get(name)}
+        return json.dumps(shared, sort_keys=True) if self.settings else self.name
 
     def curve(self):
         """[(tokens, loss)] on the same validation tokens: without the last where --final_eval_tokens differs."""
@@ -227,7 +229,7 @@ def changes_of(run, rivals):
     """{setting: value} that is not the default, and that either contradicts the variant's row of Table 3 or is not
     shared by all `rivals`, the settings of the variant's runs."""
     row = {name: value for name, value in VARIANTS.get(run.variant, {}).items() if name != "n_layer"}
-    usual = {**vars(TrainConfig()), **vars(ModelConfig()), **row}
+    usual = {**DEFAULTS, **row}
     return {name: value for name, value in run.settings.items()
             if name not in NOT_THE_EXPERIMENT and value != usual.get(name)
             and (name in row or any(settings.get(name) != value for settings in rivals))}

@@ -256,7 +256,9 @@ def tabulate(jobs):
 
 
 def variants_in(text):
-    """An argparse type: variants separated by commas."""
+    """An argparse type: variants separated by commas, or "all"."""
+    if text == "all":
+        return list(VARIANTS)
     unknown = [name for name in text.split(",") if name not in VARIANTS]
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; there are {', '.join(VARIANTS)}")
@@ -278,7 +280,7 @@ def parse_arguments():
                         help="size, tokens and seeds (default: quarter_hour)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--variants", type=variants_in, default=SIX,
-                      help=f"rows of Table 3, by commas (default: {','.join(SIX)})")
+                      help=f"rows of Table 3, by commas, or all (default: {','.join(SIX)})")
     what.add_argument("--ablation", choices=ABLATIONS, help="instead of --variants: one setting in several ways")
     parser.add_argument("--seeds", type=seeds_in, help="by commas (default: the setting's)")
     parser.add_argument("--data", default="",

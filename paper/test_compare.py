@@ -89,6 +89,14 @@ def test_seeds_of_one_experiment_are_one_row_with_hand_computed_figures(tmp_path
     assert "torch 9.9 | commit c0ffee" in text
 
 
+def test_a_run_of_older_code_that_lacks_a_setting_is_of_the_same_experiment(tmp_path):
+    folders = [write_run(tmp_path / f"exo{seed}", [(0, 8.0), (400, 4.0)], "exo", seed) for seed in (1, 2)]
+    state = torch.load(tmp_path / "exo1" / "ckpt_000004.pt")
+    del state["model_config"]["window"], state["train_config"]["muon_ramp"]
+    torch.save(state, tmp_path / "exo1" / "ckpt_000004.pt")
+    assert cells(folders)[0]["exo", "runs"] == "2"
+
+
 def test_a_run_that_never_reaches_the_baseline_is_counted_and_not_averaged(tmp_path):
     ends = {("base", 1): 4.0, ("base", 2): 4.0, ("exo", 1): 3.0, ("exo", 2): 4.5, ("naive", 1): 5.0}
     found, _ = cells([write_run(tmp_path / f"{v}{s}", [(0, 8.0), (400, end)], v, s) for (v, s), end in ends.items()])

@@ -163,8 +163,8 @@ def test_without_data_a_sweep_learns_pythons_own_sources(tmp_path, data, monkeyp
     os.mkdir(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(train, "write_default_shards", lambda folder: shutil.copytree(data, folder))
-    jobs = sweep.plan(call(monkeypatch, sweep.parse_arguments, "--variants=exo"))
-    assert [job.settings["data"] for job in jobs] == ["data/python_stdlib"]
+    jobs = sweep.plan(call(monkeypatch, sweep.parse_arguments, "--variants=all"))
+    assert [(job.variant, job.settings["data"]) for job in jobs] == [(name, "data/python_stdlib") for name in VARIANTS]
 
 
 def test_layers_follow_the_papers_rule_for_equal_parameters():
