@@ -83,6 +83,7 @@ def trainer_of(variant, args):
 
 
 def forward_backward(trainer, batch):
+    """The gradients of one batch, thrown away."""
     trainer.objective(*batch)[0].backward()
     trainer.model.zero_grad()
 
@@ -199,6 +200,7 @@ def parse_arguments():
 
 
 def main():
+    """Print where and what is measured, then measure."""
     args = parse_arguments()
     device = choose_device(vars(args).get("device", "cpu"))                       # tokenising and scoring: on the CPU
     say(" | ".join(f"{name} {value}" for name, value in circumstances(device).items())

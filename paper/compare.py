@@ -293,9 +293,10 @@ def token_ratios(group, baseline):
 
 
 def spearman(a, b):
-    """Spearman's rank correlation of two lists: Pearson's of their ranks, where equal values share their mean rank."""
+    """Spearman's rank correlation of two lists: Pearson's of their ranks, where equal values share their mean rank; nan
+    where all values of a list are equal."""
     ranks = [[sum(y < x for y in values) + (values.count(x) + 1) / 2 for x in values] for values in (a, b)]
-    return statistics.correlation(*ranks)
+    return statistics.correlation(*ranks) if len(set(a)) > 1 and len(set(b)) > 1 else math.nan
 
 
 def agreement(groups):
@@ -454,6 +455,7 @@ def can_draw():
 
 
 def main():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, and .jsonl files of --out")

@@ -60,14 +60,17 @@ def choices_of(row):
 
 
 def read_arc(path):
+    """Rows of an ARC file, in the form of lm_eval."""
     return read_rows(path, lambda row: {"question": row["question"]["stem"], **choices_of(row)})
 
 
 def read_openbookqa(path):
+    """Rows of OpenBookQA."""
     return read_rows(path, lambda row: {"question_stem": row["question"]["stem"], **choices_of(row)})
 
 
 def read_winogrande(path):
+    """Rows of WinoGrande."""
     return read_rows(path, lambda row: {name: row[name] for name in ("sentence", "option1", "option2", "answer")})
 
 
@@ -83,6 +86,7 @@ def read_piqa(path):
 
 
 def read_hellaswag(path):
+    """Rows of HellaSwag."""
     fields = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
     return [{name: row[name] for name in fields} for row in parse_rows(read_bytes(path), path)]
 
@@ -279,6 +283,7 @@ def table(results, variant, parameters):
 
 
 def parse_arguments():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--ckpt", required=True,
@@ -305,6 +310,7 @@ def parse_arguments():
 
 
 def main():
+    """Score a checkpoint, print the table, write --out."""
     args = parse_arguments()
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("needs lm_eval: pip install -r paper/requirements.txt")

@@ -84,6 +84,7 @@ def storm(folder, flags, kills, number, longest, rng):
 
 
 def main():
+    """The command line. UserError where something was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="how often (default 100)")
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT"), help="with what (default KILL)")

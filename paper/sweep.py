@@ -274,6 +274,7 @@ def seeds_in(text):
 
 
 def parse_arguments():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--setting", choices=SETTINGS, default="quarter_hour",
@@ -294,6 +295,7 @@ def parse_arguments():
 
 
 def main():
+    """Exit code: 0, or that of a run that was stopped or failed."""
     args = parse_arguments()
     jobs = plan(args)
     if args.dry_run:
