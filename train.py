@@ -542,10 +542,7 @@ class Trainer:
         return next((name for name, t in tensors if not t.isfinite().all()), "the norm of all gradients together")
 
     def evaluate(self, tokens, stop):
-        """Mean cross-entropy over the first `tokens` (0: all) of the validation split: a log record, None if stopped.
-
-        It runs the very graph that trains, so that a compiled run compiles once.
-        """
+        """Mean cross-entropy over the first `tokens` (0: all) of the validation split: a log record, None if stopped."""
         config, T = self.config, self.model_config.block_size
         n = min(len(self.val), math.ceil(tokens / T)) if tokens else len(self.val)
         sums, progress = torch.zeros(3, dtype=torch.float64), Progress("evaluating", n, "windows")
@@ -572,7 +569,8 @@ class Trainer:
         windows = np.pad(windows, ((0, self.config.batch_size - rows), (0, 0)))
         idx, targets, docs = to_batch(windows, self.tokenizer.eot, self.config)
         targets[rows:] = -100
-        loss = self.objective(idx, targets, docs)[1].item()        # a tensor kept until the next pass keeps its graph
+        with torch.set_grad_enabled(self.config.compile == "true"):        # compiled: the graph that trains serves
+            loss = self.objective(idx, targets, docs)[1].item()    # a tensor kept until the next pass keeps its graph
         return torch.tensor([loss * rows, rows, n_bytes], dtype=torch.float64)
 
     def state(self):
