@@ -336,8 +336,6 @@ def read_text(stream):
 
 def read_parquet(stream):
     """A row is a document: its column "text"."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError("to read .parquet, pip install pyarrow; or give .jsonl files")
     from pyarrow import parquet
     for batch in parquet.ParquetFile(stream).iter_batches(batch_size=256, columns=["text"]):
         if not batch.num_columns:
@@ -355,6 +353,8 @@ def read_files(paths, counts):
     for path, suffix in zip(paths, suffixes):
         if suffix not in READERS:
             raise UserError(f"{path}: unknown kind of file; known are {', '.join(READERS)}, each also with .gz")
+        if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+            raise UserError(f"{path}: to read .parquet, pip install pyarrow; or give .jsonl files")
     for path, suffix in zip(paths, suffixes):
         before = counts["read"]
         with open(path, "rb") as file:
@@ -362,8 +362,6 @@ def read_files(paths, counts):
                 for kind, text in READERS[suffix](gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file):
                     counts["read"] = before + file.tell()
                     yield path, kind, text
-            except UserError:
-                raise
             except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise UserError(f"{path}: damaged file ({error}); get it again") from None
 
