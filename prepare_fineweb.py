@@ -578,14 +578,16 @@ def copy(response, part, start, size, progress):
     since, before = time.monotonic(), start
     with open(part, "r+b" if start else "wb") as file:
         file.seek(start)
-        for block in response.iter_content(BLOCK):
-            file.write(block)
-            progress(file.tell()) if progress else bar.update(file.tell() / 1e6)
-            if (seconds := time.monotonic() - since) > SLOW_SECONDS:
-                if file.tell() < before + SLOW_BYTES:
-                    return f"only {file.tell() - before:,} bytes came in {seconds:.0f} s"
-                since, before = time.monotonic(), file.tell()
-        bar.end()
+        try:
+            for block in response.iter_content(BLOCK):
+                file.write(block)
+                progress(file.tell()) if progress else bar.update(file.tell() / 1e6)
+                if (seconds := time.monotonic() - since) > SLOW_SECONDS:
+                    if file.tell() < before + SLOW_BYTES:
+                        return f"only {file.tell() - before:,} bytes came in {seconds:.0f} s"
+                    since, before = time.monotonic(), file.tell()
+        finally:
+            bar.end()
         return "" if total in (None, file.tell()) else f"the connection ended at byte {file.tell()} of {total}"
 
 
@@ -611,7 +613,7 @@ def published_checksums():
 def download_shards(folder, shards=TRAIN_SHARDS):
     """Bring the validation shard and the first `shards` training shards into `folder`; what is there already stays."""
     with locked(folder, beside=True):
-        meta, sizes, came = read_meta(folder), published(shards), {}
+        meta, sizes = read_meta(folder), published(shards)
         if "recipe" in meta:
             raise UserError(f"{folder}: holds shards made from your own text; choose another --out")
         os.makedirs(folder, exist_ok=True)
