@@ -660,7 +660,7 @@ def run(trainer, folder, stop):
         stopped = stop.agreed(late=step > first and 0 < config.max_minutes <= (time.monotonic() - began) / 60)
 
         # save before evaluating: the last evaluation may read 100M tokens, and a kill in it shall cost no step
-        if trainer.saved < step and (stopped or last or trainer.saved < 0 or due(step, config.save_every)):
+        if trainer.saved < step and (stopped or last or step == 0 or due(step, config.save_every)):
             save(trainer, folder, needed=stopped or last)
         if stopped:
             return stopped
