@@ -105,7 +105,7 @@ PRESETS = {  # fields of ModelConfig and TrainConfig that differ from the paper'
     "paper": dict(),
     "small": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=8, total_batch_size=131072,
                   max_steps=19073, warmup_steps=500, eval_tokens=2_097_152),
-    "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=8, total_batch_size=2048, max_steps=240,
+    "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=8, total_batch_size=2048, max_steps=160,
                   warmup_steps=20, decay_fraction=0.5, eval_every=80, eval_tokens=32768, final_eval_tokens=32768,
                   save_every=80, log_every=20),
 }
