@@ -293,15 +293,16 @@ def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_pat
     assert len(log_of(tmp_path / "a", "loss")) == 12
 
 
-@pytest.mark.parametrize("where", ["full disk", "closed pipe"])
+@pytest.mark.parametrize("where", ["full disk", "closed pipe", "closed stream"])
 def test_output_that_cannot_be_written_does_not_stop_training(where, data, tmp_path, monkeypatch):
-    if where == "closed pipe":
-        reader, writer = os.pipe()
-        os.close(reader)
-    elif not os.path.exists("/dev/full"):
+    """A closed stream, as in `python train.py >&- 2>&-`, is None in Python."""
+    if where == "full disk" and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
-    with os.fdopen(writer, "w") if where == "closed pipe" else open("/dev/full", "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe, open("/dev/full" if where == "full disk" else os.devnull, "w") as full:
+        stream = {"full disk": full, "closed pipe": pipe, "closed stream": None}[where]
+        monkeypatch.setattr(sys, "stdout", stream), monkeypatch.setattr(sys, "stderr", stream)
         code = run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL)
     assert code == 0 and newest_of(tmp_path / "a") == "ckpt_000012.pt" and len(log_of(tmp_path / "a", "loss")) == 12
 
