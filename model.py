@@ -77,7 +77,7 @@ def setting(default, help, choices=None, low=-math.inf, high=math.inf):
 
 
 class Checked:
-    """A frozen dataclass of settings that refuses to exist with a rule broken: those of its fields, or `problems`."""
+    """A frozen dataclass of settings; UserError if a field is out of range or a rule in `problems` is broken."""
 
     def __post_init__(self):
         for f in fields(self):
@@ -248,7 +248,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A matrix without bias. It may hold `parts` matrices stacked by rows: one product, yet Muon sees each alone."""
+    """A matrix without bias; or `parts` matrices stacked by rows, which Muon treats separately."""
 
     def __init__(self, n_in, n_out, parts=1):
         super().__init__(n_in, n_out, bias=False)
@@ -270,8 +270,8 @@ class SwiGLU(nn.Module):
 
 
 def causal(config, query, key):
-    """Who may look at whom: a token sees itself and all before it. Fused kernels know this rule by name: for another,
-    write a function like sliding_window and let Positions choose it; training, documents and cache then follow it."""
+    """Who may look at whom: a token sees itself and all before it. PyTorch has a fast path for this rule. For another,
+    write a function like sliding_window and choose it in Positions: training, documents and cache then follow it."""
     return key <= query
 
 
@@ -374,7 +374,7 @@ class DynamicMixing(nn.Module):
 
 
 class StaticMixing(nn.Module):
-    """The gamma that says 1: with it Eq. 12 is Eq. 10."""
+    """gamma = 1 for every token: with it Eq. 12 is Eq. 10."""
 
     def __init__(self, config, letters):
         super().__init__()
@@ -807,10 +807,10 @@ def load_checkpoint(path, device="cpu"):
         args = checkpoint.get("model_args", {})
         return ExoFormer.from_released(checkpoint.get("model", checkpoint), block_size=args.get("block_size", 2048),
                                        rope_theta=args.get("rope_theta", 500_000.0)).to(device)
-    model = ExoFormer(config_from(ModelConfig, checkpoint["model_config"], path))
     try:
+        model = ExoFormer(config_from(ModelConfig, checkpoint["model_config"], path))
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         why = str(error).split("\n")[-1].strip()
         raise UserError(f"{path}: its weights do not fit its configuration ({why})") from None
     return model.to(device)
@@ -952,8 +952,10 @@ def main():
     args = parser.parse_args()
     for broken, message in ((args.prompt and not args.ckpt, "--prompt needs a model to continue it: add --ckpt=PATH"),
                             (args.num_samples < 1, "--num_samples must be at least 1"),
+                            (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
                             (args.top_k < 1, "--top_k must be at least 1"),
-                            (args.temperature < 0, "--temperature must not be negative")):
+                            (not 0 <= args.seed < 2**63, "--seed must be from 0 to 2**63 - 1"),
+                            (not 0 <= args.temperature < math.inf, "--temperature must be 0 or more")):
         if broken:
             parser.error(message)
     if not args.ckpt:

@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
     parts         matrices stacked in each parameter of the group, each orthogonalised by itself (fused Q, K, V: 3)
     polar         the orthogonaliser, (N, rows, cols) -> the same; one call takes all parameters of a shape together
 
-    The state has the dtype of the parameters: keep those in float32 and a step of 1e-3 of a weight is not rounded away.
+    The state has the dtype of the parameters. With bfloat16 ones an update of 1e-3 of a weight is rounded away.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.95, nesterov=True, weight_decay=0.1, cautious=True, beta2=None,
@@ -109,8 +109,8 @@ class Muon(torch.optim.Optimizer):
         for p, u in zip(params, update.unflatten(0, (len(params), -1))):
             u = u.reshape(p.shape).to(p.dtype)
             decayed = torch.where(u * p >= 0, p, 0) if cautious else p
-            p.sub_(decayed, alpha=lr * weight_decay)            # rounded by itself, as in the released code: there, in
-            p.sub_(u, alpha=lr)                                 # bfloat16 weights, this decay is lost altogether
+            p.sub_(decayed, alpha=lr * weight_decay)            # two subtractions, as in the released code: in bfloat16
+            p.sub_(u, alpha=lr)                                 # weights the first one rounds to nothing
 
     def buffer(self, p, name, shape):
         """A state tensor of parameter p, zero at first."""

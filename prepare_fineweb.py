@@ -53,8 +53,9 @@ class UserError(ValueError):
 def say(line, end="\n", file=None):
     """Print at once. A stream that cannot be written (full disk, closed pipe) is dropped: it must not stop the work."""
     file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
     try:
-        print(line, end=end, file=file, flush=True)
+        print(line.encode(encoding, "replace").decode(encoding), end=end, file=file, flush=True)
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
@@ -131,6 +132,7 @@ def command_line(main, memory="use a smaller batch"):
     """Run a script's main() and exit with the code it returns. What a user did wrong is one line, not a traceback;
     `memory` says what to do where it runs out."""
     script = os.path.basename(sys.argv[0])
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))    # closed: None
     try:
         code = main()
         sys.stdout.flush()

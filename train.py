@@ -1,15 +1,16 @@
 """
 Train any variant of ExoFormer, on one GPU, several (torchrun) or a CPU.
 
-    python train.py                              what this machine can do: a CPU learns Python from Python in a minute
+    python train.py                              no flags: on a CPU a small model on Python's own sources, a minute
     python train.py --variant=exo_dynamic        on an H100 with the FineWeb shards: the paper's run (Table 4)
     python train.py --preset=small --data=DIR    GPT-2-small size, one consumer GPU
     python train.py --resume --out_dir=DIR       go on where a run stopped, bit for bit
     python train.py --init_from=PATH --data=DIR  a new run from the weights of a checkpoint, ours or a released one
     torchrun --nproc_per_node=8 train.py ...     the same run on eight GPUs
 
-Later settings override earlier ones: the defaults below (the paper's recipe), the preset, the variant, the flags.
-The tokens of step s depend on (seed, s) alone, learning rate and momentum on s: a resumed run needs only the tensors.
+Later settings override earlier ones: the defaults below (the paper's recipe), the variant, the preset, the flags.
+Which tokens step s reads follows from the settings, the seed and s; so do learning rate and momentum. A checkpoint
+therefore stores no position in the data.
 """
 import os
 import signal
@@ -57,7 +58,8 @@ def print0(line):
 class TrainConfig(Checked):
     """The recipe. The defaults are the paper's (Table 4), except where the README says otherwise."""
     # where
-    data: str = setting("", "folder of token shards; empty: FineWeb-Edu if it is there, else Python's own sources")
+    data: str = setting("", "folder of token shards; empty: FineWeb-Edu if it is there (preset smoke: never), else "
+                        "Python's own sources")
     out_dir: str = setting("", "run folder for log.jsonl and checkpoints; empty: out/PRESET-VARIANT")
     resume: bool = setting(False, "continue the newest whole checkpoint in out_dir; flags not given keep their old "
                            "value")
@@ -69,7 +71,7 @@ class TrainConfig(Checked):
     compile: str = setting("auto", "torch.compile; auto: on cuda", ("auto", "true", "false"))
     deterministic: str = setting("auto", "deterministic algorithms only; auto: on a CPU", ("auto", "true", "false"))
     # how much
-    seed: int = setting(1337, "of the initial weights and the order of the data", low=0)
+    seed: int = setting(1337, "of the initial weights and the order of the data", low=0, high=2**63 - 1)
     max_steps: int = setting(38147, "optimizer steps", low=1)
     max_minutes: float = setting(0.0, "stop, saved and resumable, after the step that passes this; 0: never", low=0)
     batch_size: int = setting(16, "sequences per forward pass and device", low=1)
@@ -83,7 +85,7 @@ class TrainConfig(Checked):
     muon_beta2: float = setting(0.0, "second moment of NorMuon (released code: 0.95); 0: none", low=0, high=1)
     muon_dtype: str = setting("auto", "of the Polar Express iteration; auto: float32 on a CPU, else bfloat16",
                               ("auto", "bfloat16", "float32"))
-    muon_fused: bool = setting(False, "as released: orthogonalise fused Q,K,V,G and SwiGLU weights as one matrix")
+    muon_fused: bool = setting(False, "as released: treat stacked Q,K,V,G (and the two of SwiGLU) as one matrix")
     adamw_lr: float = setting(0.003, "peak learning rate of AdamW", low=0)
     weight_decay: float = setting(0.1, "decoupled; cautious in Muon; on matrices only", low=0)
     warmup_steps: int = setting(1000, "linear warm-up to the peak", low=0)
@@ -137,7 +139,8 @@ def parse_flags(argv):
             group.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
                                choices=f.metadata["choices"], **switch)
     given = vars(parser.parse_args(argv))
-    return given.pop("variant"), given.pop("preset"), given
+    variant, preset = given.pop("variant"), given.pop("preset")
+    return variant, preset, {k: v for k, v in given.items() if v != "" or k in ("mix", "anchor_norm")}     # "--data="
 
 
 def default_preset():
@@ -156,8 +159,10 @@ def fresh_settings(variant, preset, given):
         settings["vocab_size"] = 64 * math.ceil(get_tokenizer(settings["tokenizer"]).n_vocab / 64)
     if path := settings.get("init_from"):
         source = asdict(load_checkpoint(path).config)
-        asked = {**asked_for(variant, given), "tokenizer": settings["tokenizer"]}
-        asked = {name: value for name, value in asked.items() if name in source}
+        if source["tokenizer"] != settings["tokenizer"]:
+            raise UserError(f"--data={settings['data']} holds {settings['tokenizer']} tokens, but the model in "
+                            f"--init_from={path} was trained on {source['tokenizer']}")
+        asked = {name: value for name, value in asked_for(variant, given).items() if name in source}
         settings.update(changed(source, asked, {"block_size"}, f"the model in --init_from={path}"))
     return resolve(settings)
 
@@ -194,7 +199,7 @@ def resolve(settings):
 
 
 def asked_for(variant, given):
-    """The settings that the flags name, by a variant or one by one; a variant does not insist on its n_layer."""
+    """The settings that the flags name, by a variant (but for its n_layer, which a preset may change) or one by one."""
     row = variant_settings(variant, given) if variant else given
     return {name: value for name, value in row.items() if name != "n_layer" or name in given}
 
@@ -204,8 +209,7 @@ def changed(old, asked, may_change, what):
     changes = {name: value for name, value in asked.items() if value not in (old[name], "auto")}
     for name, value in changes.items():
         if name not in may_change:
-            raise UserError(f"--{name}={value} does not fit {what}, which has {name}={old[name]}; drop it, or start "
-                            "anew in another --out_dir")
+            raise UserError(f"--{name}={value} does not fit {what}, which has {name}={old[name]}; drop the flag")
     return {**old, **changes}
 
 
@@ -217,7 +221,7 @@ def resumed_settings(variant, given, path, checkpoint):
            **asdict(config_from(TrainConfig, trained, path))}
     new = changed(old, asked_for(variant, given), MAY_CHANGE_ON_RESUME, "the run to resume")
     for name in sorted(name for name in new if new[name] != old[name] and name not in ("out_dir", "resume")):
-        print0(f"changed on resuming: {name} from {old[name]} to {new[name]}; the rest may differ from the old run")
+        print0(f"changed on resuming: {name} from {old[name]} to {new[name]}; the run may differ from here on")
     return resolve(new)
 
 
@@ -299,7 +303,7 @@ def init_processes(device):
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """`tensor`, in place, summed over all processes."""
+    """Combine `tensor` over all processes, in place, and return it."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor, op)
     return tensor
@@ -316,7 +320,7 @@ def all_reduce_gradients(parameters):
 
 
 def broadcast(value):
-    """The first process's `value`, everywhere; nobody goes on before it is there."""
+    """Send the first process's `value` to all processes, and return it; all wait for it."""
     box = [value]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
@@ -407,7 +411,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def survive(self, what):
-        """A full disk is said and survived: training goes on."""
+        """Print that a write failed, and go on training."""
         try:
             yield
         except (OSError, RuntimeError) as error:                           # torch.save makes a RuntimeError of it
@@ -423,10 +427,11 @@ class RunFolder:
         """Write ckpt_{step}.pt and drop all but the newest `keep`. True if it is there."""
         path, saved = os.path.join(self.path, f"ckpt_{checkpoint['step']:06d}.pt"), False
         with self.survive(path):
+            self.log.flush()
             os.fsync(self.log.fileno())
             save_checkpoint(path, {**checkpoint, "log_size": os.fstat(self.log.fileno()).st_size})
             saved = True
-            checkpoints = self.checkpoints()               # newer than this one: damaged, skipped on resuming
+            checkpoints = self.checkpoints()               # those of later steps are damaged: they were skipped
             for old in checkpoints[checkpoints.index(path) + keep:] if keep else []:
                 os.remove(old)
         return saved
@@ -490,6 +495,7 @@ class Trainer:
                             f"{config.batch_size} x --block_size={model_config.block_size} x {WORLD_SIZE} process(es)")
         self.tokenizer = get_tokenizer(model_config.tokenizer)
         self.train, self.val = (Tokens(config.data, split, model_config) for split in ("train", "val"))
+        self.shards = {split: fingerprint(config.data, split) for split in ("train", "val")}     # compared on resuming
         self.model = build_model(model_config, config)
         self.optimizers = build_optimizers(self.model, config)
         self.objective = Objective(self.model, config)
@@ -498,10 +504,10 @@ class Trainer:
             options = dict(realize_reads_threshold=3) if config.device == "cuda" else {}
             self.objective.compile(fullgraph=True, dynamic=False, options=options)
         self.step, self.best_val = 0, math.inf
-        self.saved = self.evaluated = -1                                   # the last steps that were
+        self.saved = self.evaluated = -1                                   # the last step that was saved, evaluated
 
     def read_step(self):
-        """This process's windows of the step, (accumulation, B, T + 1); all processes together read what one would."""
+        """This process's windows of the step, (accumulation, B, T + 1); all together read what a single one would."""
         first = self.step * self.accumulation * self.sequences + RANK * self.config.batch_size
         return np.stack([self.train.shuffled(self.config.seed, first + i * self.sequences, self.config.batch_size)
                          for i in range(self.accumulation)])
@@ -523,7 +529,7 @@ class Trainer:
         all_reduce_gradients(parameters)       # a compiled backward yields all of them at its end: nothing to overlap
         cross_entropy, z = all_reduce(sums).tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if not math.isfinite(cross_entropy + norm.item()):                  # looked at before a weight is touched
+        if not math.isfinite(cross_entropy + norm.item()):                  # checked before any weight changes
             raise Diverged(f"step {self.step + 1}: loss {cross_entropy}, gradient norm {norm.item()}, learning rates "
                            f"{rate:.3g} of their peaks; not finite first: {self.first_not_finite()}")
 
@@ -542,7 +548,7 @@ class Trainer:
         return next((name for name, t in tensors if not t.isfinite().all()), "the norm of all gradients together")
 
     def evaluate(self, tokens, stop):
-        """Mean cross-entropy over the first `tokens` (0: all) of the validation split: a log record, None if stopped."""
+        """Mean cross-entropy over the first `tokens` (0: all) of the validation split: a log record; or None."""
         config, T = self.config, self.model_config.block_size
         n = min(len(self.val), math.ceil(tokens / T)) if tokens else len(self.val)
         sums, progress = torch.zeros(3, dtype=torch.float64), Progress("evaluating", n, "windows")
@@ -569,8 +575,8 @@ class Trainer:
         windows = np.pad(windows, ((0, self.config.batch_size - rows), (0, 0)))
         idx, targets, docs = to_batch(windows, self.tokenizer.eot, self.config)
         targets[rows:] = -100
-        with torch.set_grad_enabled(self.config.compile == "true"):        # compiled: the graph that trains serves
-            loss = self.objective(idx, targets, docs)[1].item()    # a tensor kept until the next pass keeps its graph
+        with torch.set_grad_enabled(self.config.compile == "true"):        # compiled: the training graph is reused
+            loss = self.objective(idx, targets, docs)[1].item()    # a number: a tensor would keep its graph in memory
         return torch.tensor([loss * rows, rows, n_bytes], dtype=torch.float64)
 
     def state(self):
@@ -580,11 +586,6 @@ class Trainer:
                     tokens=self.step * self.config.total_batch_size, evaluated=self.evaluated, best_val=self.best_val,
                     rng=rng, shards=self.shards, model=self.model.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
-
-    @functools.cached_property
-    def shards(self):
-        """What a resumed run must find again: {split: [[name, tokens, checksum] of each shard]}."""
-        return {split: fingerprint(self.config.data, split) for split in ("train", "val")}
 
     def load_state(self, checkpoint):
         """Continue from what `state` returned. UserError where the data are not the same, KeyError, ValueError or
@@ -659,13 +660,13 @@ def run(trainer, folder, stop):
         windows = None if last else stop.read(trainer.read_step)
         stopped = stop.agreed(late=step > first and 0 < config.max_minutes <= (time.monotonic() - began) / 60)
 
-        # save before evaluating: the last evaluation may read 100M tokens, and a kill in it shall cost no step
+        # save before evaluating: the last evaluation may read 100M tokens, and a kill during it must lose no step
         if trainer.saved < step and (stopped or last or step == 0 or due(step, config.save_every)):
             save(trainer, folder, needed=stopped or last)
         if stopped:
             return stopped
 
-        # a resumed run comes by here again with the step it stopped at, hence `evaluated`
+        # a resumed run starts here at the step where it stopped; `evaluated` prevents a second evaluation
         if trainer.evaluated < step and (last or step == 0 or due(step, config.eval_every)):
             record = trainer.evaluate(config.final_eval_tokens if last else config.eval_tokens, stop)
             if record is None:
@@ -702,11 +703,13 @@ def prepare(argv):
     variant, preset, given = parse_flags(argv)
     given["out_dir"] = given.get("out_dir") or f"out/{preset or default_preset()}-{variant or 'exo_dynamic'}"
     resuming = given.get("resume", False)
+    if resuming and preset:
+        print0(f"--preset={preset} names the folder only: a resumed run keeps its settings")
     if resuming and not os.path.isdir(given["out_dir"]):
         raise UserError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
     if WORLD_SIZE > 1:
         init_processes(choose_device(given.get("device", "auto")))
-    settings = None if resuming else fresh_settings(variant, preset, given)        # wrong flags leave no folder behind
+    settings = None if resuming else fresh_settings(variant, preset, given)
     folder = RunFolder(given["out_dir"], resuming) if RANK == 0 else None
     candidates = broadcast(folder and folder.checkpoints())
     if candidates:
@@ -758,7 +761,7 @@ def conclude(trainer, stopped, problem):
         with torch.autocast(trainer.config.device, torch.bfloat16, enabled=trainer.config.dtype == "bfloat16"):
             print0(f"sample:\n{continue_text(trainer.model, '', trainer.config.sample_tokens)[0]}\n")
     checkpoint = f"--ckpt={out_dir}/ckpt_{trainer.step:06d}.pt"
-    print0(f"done: {trainer.step} steps, best validation loss {trainer.best_val:.4f}. Next:\n"
+    print0(f"done: {trainer.step} steps, best validation loss of all evaluations {trainer.best_val:.4f}. Next:\n"
            f"  python model.py {checkpoint} --prompt=\"{'Once upon a time' if gpt2 else 'def '}\"\n"
            + (f"  python eval_hellaswag.py {checkpoint}\n" if gpt2 else "")
            + f"  {again} --max_steps={2 * trainer.step}")
