@@ -259,6 +259,25 @@ def test_a_log_that_goes_in_mid_run_costs_no_checkpoint(harm, whole, data, tmp_p
 FAST_START = ["--deterministic=false"]       # True makes torch import Inductor, 2 seconds; one thread is exact anyway
 
 
+def test_a_line_the_disk_refused_is_written_before_the_next_checkpoint_counts_the_log(tmp_path):
+    folder = T.RunFolder(str(tmp_path), resume=False)
+    folder.open_log(0)
+    real = folder.log
+    folder.log = types.SimpleNamespace(write=real.write, flush=lambda: os.truncate(os.devnull, -1))
+    folder.write(dict(step=1))                                     # refused: an OSError, the line stays in the buffer
+    folder.log = real
+    assert folder.save(dict(step=1), keep=1)
+    size = torch.load(tmp_path / "ckpt_000001.pt", weights_only=True)["log_size"]
+    assert size == len('{"step": 1}\n') == os.path.getsize(tmp_path / "log.jsonl")
+
+
+def test_a_character_that_the_terminal_lacks_does_not_end_the_output():
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    pf.say("\ufffd one", file=terminal)
+    pf.say("two", file=terminal)
+    assert terminal.buffer.getvalue() == b"? one\ntwo\n"
+
+
 def launch(folder, *flags):
     """train.py as a user starts it."""
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"--out_dir={folder}", *FAST_START, *flags]
