@@ -1,0 +1,348 @@
+"""
+About ten minutes on a GPU that say whether this project computes there what it computes on a CPU, and how fast it is.
+
+    python paper/check_gpu.py                       everything, on one GPU, or on two where there are two
+    python paper/check_gpu.py --only resume speed   some of the checks
+    python paper/check_gpu.py --device=cpu          the same checks at small size: they test this script, not a GPU
+
+Each row is a number with a limit, and fails above it; a row without a limit is a measurement. Distances are relative
+(Euclidean norm of the difference through that of the reference), the largest over all tensors. The last lines are all
+rows again, to paste into an issue. Exit code 1 where something failed.
+"""
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, ".."))
+
+import eval_hellaswag
+import train as T
+from model import (VARIANTS, ExoFormer, KVCache, Positions, choose_device, flops_per_token, git_revision, peak_flops,
+                   read_checkpoint, save_checkpoint, variant_config)
+from muon import Muon, polar_express
+from prepare_fineweb import clock, command_line, say, write_default_shards
+
+SMALL = dict(n_layer=2, n_head=4, n_embd=128, block_size=384, vocab_size=320, tokenizer="bytes")
+
+
+# ------------------------------------------------------------------------------------------------------------- 1 pieces
+
+def small_model(variant, device, **given):
+    """A small model, the same on every device, in which no parameter is zero."""
+    torch.manual_seed(1)
+    model = ExoFormer(variant_config(variant, **{**SMALL, **given}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.to(device)
+
+
+def random_batch(rows, length, device, documents=False):
+    """(idx, targets, docs), each (rows, length): random bytes, of which every 32nd or so ends a document."""
+    tokens = torch.randint(256, (rows, length + 1), generator=torch.Generator().manual_seed(2)).to(device)
+    return tokens[:, :-1], tokens[:, 1:], (tokens[:, :-1] < 8).cumsum(1) if documents else None
+
+
+def gradients(model, batch, dtype="float32", compiled=False):
+    """{name: tensor} of the three losses and all gradients of one forward and backward pass, on the CPU."""
+    torch._dynamo.reset()
+    objective = T.Objective(model, T.TrainConfig(dtype=dtype))
+    if compiled:
+        objective.compile(fullgraph=True, dynamic=False)
+    model.zero_grad()
+    losses = objective(*batch)
+    losses[0].backward()
+    return {"losses": torch.stack(losses).detach().cpu(), **{n: p.grad.cpu() for n, p in model.named_parameters()}}
+
+
+def distance(a, b):
+    """The largest relative distance of the tensors of a to those of b, two dicts or two tensors."""
+    if not isinstance(a, dict):
+        a, b = {"": a}, {"": b}
+    return max(((a[name].cpu().double() - b[name].cpu().double()).norm() / b[name].cpu().double().norm()).item()
+               for name in b)
+
+
+def make_trainer(device, data, variant="exo_dynamic", preset="smoke", **given):
+    """A Trainer as train.py builds it, with flags as it takes them."""
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)                              # a Trainer only ever turns this on
+    return T.Trainer(*T.fresh_settings(variant, preset, dict(data=data, device=device, **given)))
+
+
+def take_steps(trainer, n):
+    """The log records of n steps."""
+    return [trainer.update(trainer.read_step()) for _ in range(n)]
+
+
+def seconds_of(action, device, rounds=5):
+    """Median time of a call, after one that does not count."""
+    times = []
+    for _ in range(1 + rounds):
+        began = time.perf_counter()
+        action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def torchrun(n, script, *flags):
+    """What `script` prints when run as n processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", script, *flags]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+# ---------------------------------------------------------- 2 the checks: generators of (what, number, limit or None)
+
+def check_variants(device, data):
+    """Logits and gradients of every row of Table 3."""
+    for dtype, limit in (("float32", 1e-4), ("bfloat16", 0.1)):
+        logits, grads = [], []
+        for variant in VARIANTS:
+            reference, model = small_model(variant, "cpu"), small_model(variant, device)
+            batch, here = random_batch(2, 64, "cpu"), random_batch(2, 64, device)
+            found, expected = gradients(model, here, dtype), gradients(reference, batch)
+            grads.append(distance(*(torch.cat([t.flatten() for t in grad.values()]) for grad in (found, expected))))
+            with torch.no_grad():
+                expected = reference(batch[0])
+                with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                    logits.append(distance(model(here[0]), expected))
+        yield f"logits of {len(logits)} variants in {dtype}, from the CPU's in float32", max(logits), limit
+        yield f"gradients of {len(grads)} variants in {dtype}, from the CPU's in float32", max(grads), limit
+
+
+def check_compiler(device, data):
+    """Compiled against eager, without documents."""
+    for dtype, limit in (("float32", 1e-4), ("bfloat16", 0.1)):
+        model, batch = small_model("exo_dynamic", device), random_batch(2, 64, device)
+        eager, compiled = gradients(model, batch, dtype), gradients(model, batch, dtype, compiled=True)
+        yield f"losses and gradients in {dtype}, compiled from eager", distance(compiled, eager), limit
+
+
+def check_documents(device, data):
+    """Compiled (on CUDA: FlexAttention) against the dense mask on the CPU."""
+    for documents, window in ((True, 0), (True, 100), (False, 100)):
+        reference, model = (small_model("exo_dynamic", where, window=window) for where in ("cpu", device))
+        expected = gradients(reference, random_batch(2, 384, "cpu", documents))
+        found = gradients(model, random_batch(2, 384, device, documents), compiled=True)
+        what = " and ".join(["documents"] * documents + [f"a window of {window}"] * bool(window))
+        yield f"losses and gradients with {what}, compiled from a dense mask", distance(found, expected), 1e-4
+
+
+@torch.no_grad()
+def check_cache(device, data):
+    """Tokens given bit by bit against all at once."""
+    for window in (0, 20):
+        model, idx = small_model("exo_dynamic", device, window=window), random_batch(2, 64, device)[0]
+        cache = KVCache(model.config, 2, 64, device)
+        parts = [model(part, cache=cache) for part in idx.split([30, 1, 1, 32], dim=1)]
+        yield f"logits through the KV cache, window={window}, from a full forward", distance(
+            torch.cat(parts, 1)[..., :320], model(idx)[..., :320]), 1e-4
+
+
+def check_muon(device, data):
+    """Two steps of Muon on wide, tall and stacked matrices."""
+    def moved(where, dtype):
+        generator, params = torch.Generator().manual_seed(3), {1: [], 4: []}
+        for shape, parts in (((64, 256), 1), ((256, 64), 1), ((256, 64), 4)):
+            params[parts].append(nn.Parameter(torch.randn(shape, generator=generator).to(where)))
+        before = [p.detach().clone() for group in params.values() for p in group]
+        optimizer = Muon([dict(params=group, parts=parts) for parts, group in params.items()],
+                         polar=functools.partial(polar_express, dtype=dtype))
+        for _ in range(2):
+            for p in params[1] + params[4]:
+                p.grad = torch.randn(p.shape, generator=generator).to(where)
+            optimizer.step()
+        return {str(i): p.detach() - b for i, (p, b) in enumerate(zip(params[1] + params[4], before))}
+    expected = moved("cpu", torch.float32)
+    for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+        yield f"two steps of Muon in {str(dtype)[6:]}, from the CPU's in float32", distance(moved(device, dtype),
+                                                                                            expected), limit
+
+
+def check_step(device, data):
+    """The loss of the third training step, which sees two updates."""
+    def third_loss(where, compiled):
+        trainer = make_trainer(where, data, n_layer=2, dtype="float32", muon_dtype="float32", compile=compiled)
+        return torch.tensor(take_steps(trainer, 3)[-1]["loss"])
+    expected = third_loss("cpu", "false")
+    for compiled, name in (("false", "eager"), ("true", "compiled")):
+        yield f"loss of training step 3, {name}, from the CPU's", distance(third_loss(device, compiled), expected), 1e-4
+
+
+def check_resume(device, data):
+    """Two steps, saved, and two more by another Trainer, against four in a row; compiled on CUDA as by default."""
+    for deterministic, limit in (("true", 0.0), ("false", None)):
+        whole, first, second = (functools.partial(make_trainer, device, data, n_layer=2, deterministic=deterministic)
+                                for _ in range(3))
+        whole, first = whole(), first()
+        take_steps(whole, 4), take_steps(first, 2)
+        path = os.path.join(data, "check_gpu.pt")
+        save_checkpoint(path, first.state())
+        second = second()
+        second.load_state(read_checkpoint(path))
+        take_steps(second, 2)
+        yield (f"weights of a resumed run, deterministic={deterministic}, from an undisturbed one's",
+               distance(dict(second.model.named_parameters()), dict(whole.model.named_parameters())), limit)
+
+
+def check_evaluation(device, data):
+    """Step, evaluation, step: all run the graph that the first step has compiled."""
+    trainer = make_trainer(device, data, n_layer=2, compile="true")
+    torch._dynamo.utils.counters.clear()
+    take_steps(trainer, 1)
+    trainer.evaluate_batch(trainer.read_step()[0][:3])
+    take_steps(trainer, 1)
+    yield "graphs compiled for a step, an evaluation and a step", torch._dynamo.utils.counters["stats"][
+        "unique_graphs"], 1
+
+
+def check_speed(device, data):
+    """Memory and speed of the paper's step. 29 layers take minutes to compile, so variants are compared at 8."""
+    paper = dict(preset="paper", total_batch_size=16 * 2048) if device == "cuda" else dict(preset="smoke")
+    passes = {}
+    for variant, n_layer in (("gated", 8), ("exo", 8), ("exo_dynamic", 8), ("exo_dynamic", 29)):
+        torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
+        trainer = make_trainer(device, data, variant, n_layer=n_layer if device == "cuda" else 2, **paper)
+        batch = T.to_batch(trainer.read_step()[0], trainer.tokenizer.eot, trainer.config)
+        update = seconds_of(lambda: take_steps(trainer, 1), device)
+        passes[variant, n_layer] = seconds_of(lambda: trainer.objective(*batch)[0].backward(), device)
+        if n_layer == 8:
+            ratio = passes[variant, 8] / passes["gated", 8]
+            yield f"forward and backward of {variant}, times gated, {n_layer} layers", ratio, None
+    name, gigabytes = f"{variant}, {n_layer} layers", torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0
+    yield f"GB at the most, batch 16: {name} (traced: 58 to 66)", gigabytes, 66
+    rate = 8 * batch[0].numel() / (7 * passes[variant, n_layer] + update)          # as the recipe: 8 passes to a step
+    flops = rate * flops_per_token(trainer.model, batch[0].size(1))
+    yield f"tokens/s: {name}", rate, None
+    yield f"MFU in %: {name}", 100 * flops / peak_flops(device), None
+    yield f"ms of forward and backward: {name}", 1000 * passes[variant, n_layer], None
+    yield f"ms of the rest of a step, clipping and optimizers: {name}", 1000 * (update - passes[variant, n_layer]), None
+
+
+def check_kernels(device, data):
+    """The head with the loss, and FlexAttention's forward by its number of warps, at the paper's sizes."""
+    sizes = dict(n_layer=1) if device == "cuda" else SMALL
+    model = ExoFormer(variant_config("gated", **sizes)).to(device)
+    rows, length, config = (16 if device == "cuda" else 1), model.config.block_size, model.config
+    idx, targets, docs = random_batch(rows, length, device, documents=True)
+    hidden = torch.randn(rows, length, config.n_embd, device=device, requires_grad=True)
+    model.forward = lambda idx, docs: model.logits(hidden)
+    loss = torch.compile(model.loss, fullgraph=True, dynamic=False)
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        yield "ms of head and loss, forward and backward", 1000 * seconds_of(
+            lambda: sum(loss(idx, targets)).backward(), device), None
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = torch.randn(3, rows, config.n_head, length, config.head_dim, device=device, dtype=dtype)
+    at = Positions(config, length, torch.device(device), docs)
+    blocks = create_block_mask(lambda b, h, q, k: at.visible(b, h, q, k), rows, None, length, length, device=device)
+    yield "ms of causal attention without documents, forward", 1000 * seconds_of(
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device), None
+    for options in ({}, {"num_warps": 4}, {"num_warps": 8}) if device == "cuda" else ({},):
+        attention = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        yield f"ms of FlexAttention with documents, forward, options {options}", 1000 * seconds_of(
+            lambda: attention(q, k, v, block_mask=blocks, kernel_options=options), device), None
+
+
+def check_hellaswag(device, data):
+    """Made-up items of about the real ones' lengths."""
+    sizes = {} if device == "cuda" else dict(n_layer=2, n_head=4, n_embd=128)
+    model = ExoFormer(variant_config("exo_dynamic", **sizes)).to(device)
+    items = [eval_hellaswag.Item(i, 0, [50] * (40 + i % 90), [[60] * (10 + i % 20)] * 4, [60] * 4)
+             for i in range(400 if device == "cuda" else 8)]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    seconds = seconds_of(lambda: eval_hellaswag.score(model, items, dtype=dtype), device, rounds=1)
+    yield f"HellaSwag items/s, exo_dynamic, {model.config.n_layer} layers", len(items) / seconds, None
+
+
+def check_processes(device, data):
+    """Two processes against one with twice the accumulation; skipped where there are not two GPUs."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        return
+    losses = []
+    for n in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            torchrun(n, os.path.join(HERE, "..", "train.py"), f"--device={device}", f"--data={data}", "--preset=smoke",
+                     f"--out_dir={folder}", "--max_steps=3", "--batch_size=4", "--dtype=float32", "--compile=false",
+                     "--muon_dtype=float32", "--eval_tokens=256", "--final_eval_tokens=256", "--sample_tokens=0")
+            records = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+            losses.append(torch.tensor([record["loss"] for record in records if "loss" in record]))
+    yield "losses of 2 processes, from 1 with twice the accumulation", distance(losses[1], losses[0]), 1e-4
+    printed = torchrun(2, os.path.abspath(__file__), f"--device={device}", "--only=all_reduce")
+    for way, milliseconds in json.loads(printed.splitlines()[-1]).items():
+        yield f"ms to all-reduce all gradients, {way}", milliseconds, None
+
+
+def time_all_reduce(device):
+    """In each of two processes: print the times of many small and of one flat all-reduce as JSON."""
+    T.init_processes(device)
+    with torch.device("meta"):
+        model = ExoFormer(variant_config("exo_dynamic", **({} if device == "cuda" else SMALL)))
+    parameters = [nn.Parameter(torch.zeros(p.shape, device=device)) for p in model.parameters()]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    ways = {"one by one": lambda: [T.all_reduce(p.grad) for p in parameters],
+            "flat": lambda: T.all_reduce_gradients(parameters)}
+    T.print0(json.dumps({name: 1000 * seconds_of(way, device) for name, way in ways.items()}))
+    T.dist.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------------------------- 3 the command
+
+CHECKS = {check.__name__.removeprefix("check_"): check for check in (
+    check_variants, check_compiler, check_documents, check_cache, check_muon, check_step, check_resume,
+    check_evaluation, check_kernels, check_hellaswag, check_processes, check_speed)}
+
+
+def rows_of(name, device, data):
+    """Yield (verdict, line) for each row of a check. A check that breaks is one failed row and does not end the run."""
+    try:
+        for what, number, limit in CHECKS[name](device, data):
+            verdict = "" if limit is None else "pass" if number <= limit else "FAIL"            # nan fails
+            yield verdict, f"{verdict:6s}{what:88s}{number:12.4g}" + ("" if limit is None else f"   at most {limit:g}")
+    except Exception as error:
+        yield "FAIL", f"FAIL  {name} broke: {type(error).__name__}: {str(error).strip()[:300]}"
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="cuda or cpu; auto takes the first there is")
+    parser.add_argument("--only", nargs="+", default=list(CHECKS), metavar="CHECK", choices=[*CHECKS, "all_reduce"],
+                        help=f"some of: {', '.join(CHECKS)}")
+    args = parser.parse_args()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # read once, before the first product on a GPU
+    device = choose_device(args.device, among=("cuda", "cpu"))
+    if args.only == ["all_reduce"]:
+        return time_all_reduce(device)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    lines = [f"check_gpu.py: {where}, torch {torch.__version__}, commit {git_revision()[:10]}"]
+    failed, began = 0, time.time()
+    with tempfile.TemporaryDirectory() as data:
+        write_default_shards(data)
+        for name in args.only:
+            for verdict, line in rows_of(name, device, data):
+                say(line)
+                lines.append(line)
+                failed += verdict == "FAIL"
+            say(f"      {name} done after {clock(time.time() - began)}")
+    lines.append(f"{failed} failed; {clock(time.time() - began)} in all")
+    say("\nTo paste into an issue:\n\n```\n" + "\n".join(lines) + "\n```")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    command_line(main)
