@@ -914,6 +914,18 @@ def test_resume_is_bitwise(variant, flags, data, tmp_path):
     assert [record["step"] for record in log_of(tmp_path / "b", "val_loss")] == [0, 4, 8, 12]
 
 
+def test_a_layer_that_draws_random_numbers_resumes_bitwise(data, tmp_path, monkeypatch):
+    forward = T.Objective.forward
+
+    def random_loss(objective, *batch):
+        loss, *parts = forward(objective, *batch)
+        return F.dropout(loss, 0.5), *parts
+    monkeypatch.setattr(T.Objective, "forward", random_loss)
+    whole = train_fully(tmp_path / "a", data)
+    train_fully(tmp_path / "b", data, stop_after=5)
+    assert same_state(whole, resume(tmp_path / "b")) == []
+
+
 @pytest.mark.parametrize("step", [0, 12])
 @pytest.mark.parametrize("how", ["killed", "SIGTERM"])
 def test_a_run_that_ends_within_an_evaluation_loses_nothing(how, step, whole, data, tmp_path, monkeypatch):
@@ -1007,7 +1019,7 @@ def harm(path, fault, witness):
     {"malicious": lambda: checkpoint.update(model=Attack(witness)), "newer format": lambda: checkpoint.update(format=2),
      "unknown setting": lambda: checkpoint["model_config"].update(n_lair=3),
      "unknown flag": lambda: checkpoint["train_config"].update(color="red"),
-     "missing tensor": lambda: checkpoint["model"].popitem(), "missing key": lambda: checkpoint.pop("rng"),
+     "missing tensor": lambda: checkpoint["model"].popitem(), "missing key": lambda: checkpoint.pop("best_val"),
      "missing optimizer": lambda: checkpoint["optimizers"].pop(),
      "missing state": lambda: checkpoint["optimizers"][0]["state"].popitem(),
      "missing moment": lambda: checkpoint["optimizers"][1]["state"][0].popitem(),

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 
 from model import (VARIANTS, Checked, ExoFormer, Linear, ModelConfig, check_compiler, check_format, choose_device,
                    config_from, continue_text, count_parameters, flops_per_token, load_checkpoint, peak_flops,
@@ -58,11 +57,9 @@ def print0(line):
 class TrainConfig(Checked):
     """The recipe. The defaults are the paper's (Table 4), except where the README says otherwise."""
     # where
-    data: str = setting("", "folder of token shards; empty: FineWeb-Edu if it is there (preset smoke: never), else "
-                        "Python's own sources")
+    data: str = setting("", "folder of token shards; empty: FineWeb-Edu if it is there, else Python's own sources")
     out_dir: str = setting("", "run folder for log.jsonl and checkpoints; empty: out/PRESET-VARIANT")
-    resume: bool = setting(False, "continue the newest whole checkpoint in out_dir; flags not given keep their old "
-                           "value")
+    resume: bool = setting(False, "continue the newest whole checkpoint in out_dir, with its settings")
     init_from: str = setting("", "checkpoint to take the weights and the model's settings from; empty: draw new ones")
     device: str = setting("auto", "auto: the first there is", ("auto", "cuda", "mps", "cpu"))
     dtype: str = setting("auto", "bfloat16: float32 weights, bfloat16 compute; pure_bfloat16: as the released code, no "
@@ -143,14 +140,8 @@ def parse_flags(argv):
     return variant, preset, {k: v for k, v in given.items() if v != "" or k in ("mix", "anchor_norm")}     # "--data="
 
 
-def default_preset():
-    """The paper's run where there are a CUDA device and the FineWeb shards, else the smoke run."""
-    return "paper" if torch.cuda.is_available() and os.path.isdir(FINEWEB) else "smoke"
-
-
 def fresh_settings(variant, preset, given):
     """(ModelConfig, TrainConfig) of a new run."""
-    preset = preset or default_preset()
     settings = variant_settings(variant or "exo_dynamic", {**PRESETS[preset], **given})
     settings["data"] = settings.get("data") or choose_data(preset)
     find_shards(settings["data"], "train")                 # says what to do where there are none
@@ -282,9 +273,7 @@ class Tokens:
 
 def to_batch(windows, eot, config):
     """(idx, targets, docs), each (B, T) on the device, from windows (B, T + 1); docs is None without mask_documents."""
-    windows = torch.from_numpy(windows.astype(np.int64))
-    on_cuda = config.device == "cuda"
-    windows = (windows.pin_memory() if on_cuda else windows).to(config.device, non_blocking=on_cuda)
+    windows = torch.from_numpy(windows.astype(np.int64)).to(config.device)
     idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
     return idx, targets, (idx == eot).cumsum(1) if config.mask_documents else None
 
@@ -325,18 +314,6 @@ def broadcast(value):
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
     return box[0]
-
-
-def shared_polar(matrices, dtype):
-    """polar_express of (N, rows, cols): each process works on its share of the N, and all gather the results."""
-    if WORLD_SIZE == 1:
-        return polar_express(matrices, dtype)
-    share = math.ceil(len(matrices) / WORLD_SIZE)
-    padded = F.pad(matrices, (0, 0, 0, 0, 0, share * WORLD_SIZE - len(matrices)))
-    mine = polar_express(padded[RANK * share:(RANK + 1) * share], dtype).contiguous()
-    shares = [torch.empty_like(mine) for _ in range(WORLD_SIZE)]
-    dist.all_gather(shares, mine)
-    return torch.cat(shares)[:len(matrices)]
 
 
 # -------------------------------------------------------------------------------------------------- 4 model, optimizers
@@ -381,7 +358,7 @@ def build_optimizers(model, config):
     groups = [dict(params=params, parts=parts) for parts, params in by_parts.items()]
     dtype = torch.float32 if config.muon_dtype == "float32" else torch.bfloat16
     muon = Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay, beta2=config.muon_beta2 or None,
-                polar=functools.partial(shared_polar, dtype=dtype))
+                polar=functools.partial(polar_express, dtype=dtype))
     return [muon, torch.optim.AdamW([dict(params=others)], weight_decay=0.0, **adamw)]
 
 
@@ -500,9 +477,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config)
         self.objective = Objective(self.model, config)
         if config.compile == "true":
-            # a value that 3 kernels read is kept, not computed 3 times (default 4): 1 % of exo_dynamic's roofline
-            options = dict(realize_reads_threshold=3) if config.device == "cuda" else {}
-            self.objective.compile(fullgraph=True, dynamic=False, options=options)
+            self.objective.compile(fullgraph=True, dynamic=False)
         self.step, self.best_val = 0, math.inf
         self.saved = self.evaluated = -1                                   # the last step that was saved, evaluated
 
@@ -521,6 +496,7 @@ class Trainer:
                 if isinstance(optimizer, Muon):
                     group["momentum"] = muon_momentum(self.step, config)
 
+        torch.manual_seed(config.seed + self.step)         # a layer that draws random numbers, say dropout, resumes too
         sums, passes = torch.zeros(2, device=config.device), self.accumulation * WORLD_SIZE
         for batch in windows:
             loss, cross_entropy, z = self.objective(*to_batch(batch, self.tokenizer.eot, config))
@@ -581,10 +557,9 @@ class Trainer:
 
     def state(self):
         """All of the run as tensors and plain values; load_state undoes it."""
-        rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if self.config.device == "cuda" else None)
         return dict(model_config=asdict(self.model_config), train_config=asdict(self.config), step=self.step,
                     tokens=self.step * self.config.total_batch_size, evaluated=self.evaluated, best_val=self.best_val,
-                    rng=rng, shards=self.shards, model=self.model.state_dict(),
+                    shards=self.shards, model=self.model.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     def load_state(self, checkpoint):
@@ -606,9 +581,6 @@ class Trainer:
             optimizer.load_state_dict(state)
         self.step, self.best_val = checkpoint["step"], checkpoint["best_val"]
         self.saved, self.evaluated = self.step, checkpoint.get("evaluated", self.step)
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if self.config.device == "cuda" and checkpoint["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
 
 
 # ------------------------------------------------------------------------------------------------------------- 7 report
@@ -647,11 +619,6 @@ def progress_line(trainer, record, seconds_left):
 
 # --------------------------------------------------------------------------------------------------------------- 8 main
 
-def due(step, every):
-    """Whether something that happens every so many steps (0: never) happens after this one."""
-    return every > 0 and step % every == 0
-
-
 def run(trainer, folder, stop):
     """Train to the last step. Returns why it stopped earlier, or "" at the end."""
     config, first, began = trainer.config, trainer.step, time.monotonic()
@@ -661,13 +628,13 @@ def run(trainer, folder, stop):
         stopped = stop.agreed(late=step > first and 0 < config.max_minutes <= (time.monotonic() - began) / 60)
 
         # save before evaluating: the last evaluation may read 100M tokens, and a kill during it must lose no step
-        if trainer.saved < step and (stopped or last or step == 0 or due(step, config.save_every)):
+        if trainer.saved < step and (stopped or last or step % (config.save_every or config.max_steps) == 0):
             save(trainer, folder, needed=stopped or last)
         if stopped:
             return stopped
 
         # a resumed run starts here at the step where it stopped; `evaluated` prevents a second evaluation
-        if trainer.evaluated < step and (last or step == 0 or due(step, config.eval_every)):
+        if trainer.evaluated < step and (last or step % (config.eval_every or config.max_steps) == 0):
             record = trainer.evaluate(config.final_eval_tokens if last else config.eval_tokens, stop)
             if record is None:
                 continue                                                   # stopped: leave by the top
@@ -685,7 +652,7 @@ def run(trainer, folder, stop):
         record["ms"] = round(1000 * (time.monotonic() - step_began), 3)
         if RANK == 0:
             folder.write(record)
-        if due(trainer.step, config.log_every) or trainer.step == config.max_steps:
+        if trainer.step % config.log_every == 0 or trainer.step == config.max_steps:
             each = (time.monotonic() - began) / (trainer.step - first)
             print0(progress_line(trainer, record, each * (config.max_steps - trainer.step)))
 
@@ -701,10 +668,9 @@ def save(trainer, folder, needed):
 def prepare(argv):
     """(Trainer, RunFolder or None) from the command line, at step 0 or where the run in the folder stopped."""
     variant, preset, given = parse_flags(argv)
-    given["out_dir"] = given.get("out_dir") or f"out/{preset or default_preset()}-{variant or 'exo_dynamic'}"
+    preset = preset or ("paper" if torch.cuda.is_available() and os.path.isdir(FINEWEB) else "smoke")
+    given["out_dir"] = given.get("out_dir") or f"out/{preset}-{variant or 'exo_dynamic'}"
     resuming = given.get("resume", False)
-    if resuming and preset:
-        print0(f"--preset={preset} names the folder only: a resumed run keeps its settings")
     if resuming and not os.path.isdir(given["out_dir"]):
         raise UserError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
     if WORLD_SIZE > 1:

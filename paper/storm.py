@@ -27,7 +27,7 @@ from prepare_fineweb import Progress, UserError, command_line, say
 SMALL = """--device=cpu --preset=smoke --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2
     --total_batch_size=128 --warmup_steps=2 --eval_every=50 --eval_tokens=320 --final_eval_tokens=320 --save_every=5
     --log_every=200 --compile=false --sample_tokens=0""".split()
-STATE = ("model", "optimizers", "step", "best_val", "rng")
+STATE = ("model", "optimizers", "step", "best_val")
 
 
 def command(folder, flags):
