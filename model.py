@@ -591,9 +591,10 @@ class ExoFormer(nn.Module):
         return self.final_norm(x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., padded_vocab); columns from vocab_size on are -inf. Masked, not sliced, to stay aligned."""
-        real = torch.arange(self.config.padded_vocab, device=hidden.device) < self.config.vocab_size
-        return torch.where(real, self.head(hidden), -torch.inf)
+        """(..., C) -> (..., padded_vocab); columns from vocab_size on are -inf: by a bias, which costs no pass of its own."""
+        padding = hidden.new_zeros(self.config.padded_vocab)
+        padding[self.config.vocab_size:] = -torch.inf
+        return F.linear(hidden, self.head.weight, padding)
 
     def forward(self, idx, docs=None, cache=None):
         """Logits (B, T, padded_vocab) of the next token at every position; arguments as in `trunk`."""
