@@ -41,7 +41,7 @@ def fetch(source, name, folder):
     path = os.path.join(folder, *parts)
     with locked(os.path.dirname(path)):
         if not os.path.exists(path):
-            download(source if url.netloc else f"{hub()[0]}/{source}/resolve/main/{name}", path)
+            download(source if url.netloc else f"{hub()}/{source}/resolve/main/{name}", path)
     return path
 
 
