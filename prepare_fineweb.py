@@ -2,7 +2,7 @@
 
     python prepare_fineweb.py                           the paper's data, already tokenised: 100 files, 19.9 GB
     python prepare_fineweb.py --shards=5                its validation shard and first 5 training shards: 1.2 GB
-    python prepare_fineweb.py --input=FILES --out=DIR   your own text (.txt, .py, .jsonl, .gz of each)
+    python prepare_fineweb.py --input=FILES --out=DIR   your own text: .jsonl, plain text, .gz of both
     python prepare_fineweb.py verify --out=DIR          read everything again and compare
 
 A shard (the format of llm.c and modded-nanogpt) is a header of 256 little-endian int32: magic 20240520, version 1,
@@ -188,16 +188,15 @@ def shard_tokens(path):
 
 
 def examine(path, tokenizer):
-    """Read a whole shard, some MB at a time: {tokens, documents, bytes, sha256}. UserError when it is not sound."""
-    count, n_vocab, documents, sha256 = shard_tokens(path), TOKENIZERS[tokenizer], 0, hashlib.sha256()
+    """Read a whole shard, some MB at a time: {tokens, sha256}. UserError when it is not sound."""
+    count, n_vocab, sha256 = shard_tokens(path), TOKENIZERS[tokenizer], hashlib.sha256()
     sha256.update(read_window(path, -HEADER_BYTES // 2, HEADER_BYTES // 2))
     for start in range(0, count, 1 << 21):
         tokens = read_window(path, start, min(1 << 21, count - start))
         sha256.update(tokens)
-        documents += int(np.count_nonzero(tokens == n_vocab - 1))
         if tokens.max() >= n_vocab:
             raise damaged(path, f"token {tokens.max()} is not in the vocabulary of {n_vocab}")
-    return {"tokens": count, "documents": documents, "bytes": HEADER_BYTES + 2 * count, "sha256": sha256.hexdigest()}
+    return {"tokens": count, "sha256": sha256.hexdigest()}
 
 
 def damaged(path, what):
@@ -250,8 +249,8 @@ def get_tokenizer(name):
 # ---- a folder of shards ----------------------------------------------------------------------------------------------
 
 def read_meta(folder):
-    """meta.json of a folder: "tokenizer"; where known also "n_vocab", "eot" and "files", {name: {tokens, documents,
-    bytes, sha256}}. A folder without one holds GPT-2 tokens. UserError when it cannot be used."""
+    """meta.json of a folder: "tokenizer" and, where known, "files", {name: {tokens, sha256}}. A folder without one
+    holds GPT-2 tokens. UserError when it cannot be used."""
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
         return {"tokenizer": "gpt2"}
@@ -302,9 +301,9 @@ def fingerprint(folder, split):
 
 # ---- your own text: documents -> tokens -> shards --------------------------------------------------------------------
 
-def read_jsonl(stream):
-    """A line is a document: its field "text"."""
-    for number, line in enumerate(stream, 1):
+def read_jsonl(lines):
+    """The documents of a .jsonl file: the field "text" of each line."""
+    for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 yield json.loads(line)["text"] + ""              # TypeError where it is no string
@@ -312,25 +311,16 @@ def read_jsonl(stream):
             raise ValueError(f'line {number} is no JSON object with a string "text" ({error!r})') from None
 
 
-def read_text(stream):
-    """The file is one document."""
-    yield stream.read().decode("utf-8-sig")
-
-
-READERS = {".txt": read_text, ".py": read_text, ".jsonl": read_jsonl}
-
-
 def documents(paths, counts):
-    """The documents of text files in turn, without empty ones. counts["read"] is the number of bytes read so far."""
-    readers = [READERS.get(os.path.splitext(path.removesuffix(".gz"))[1]) for path in paths]
-    if None in readers:
-        raise UserError(f"{paths[readers.index(None)]}: unknown kind of file; known are {', '.join(READERS)}, each also "
-                        "with .gz")
-    for path, reader in zip(paths, readers):
+    """The documents of text files in turn, without empty ones. A file that is no .jsonl is one document. counts["read"]
+    is the number of bytes read so far."""
+    for path in paths:
         before = counts["read"]
         with open(path, "rb") as file:
+            stream = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+            lines = path.removesuffix(".gz").endswith(".jsonl")
             try:
-                for text in reader(gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file):
+                for text in read_jsonl(stream) if lines else [stream.read().decode("utf-8-sig")]:
                     counts["read"] = before + file.tell()
                     if text.strip():
                         yield text
@@ -341,9 +331,9 @@ def documents(paths, counts):
 def encode(texts, tokenizer, workers):
     """The tokens of the texts, in order, as arrays; only some are in memory. Threads serve, since tiktoken releases the
     interpreter's lock."""
-    with ThreadPoolExecutor(workers) as pool:
-        while some := list(itertools.islice(texts, 64 * workers)):
-            yield from pool.map(tokenizer.to_array, some)
+    pool = ThreadPoolExecutor(workers)                           # `with` would make Ctrl-C wait for the end of a text
+    while some := list(itertools.islice(texts, 64 * workers)):
+        yield from pool.map(tokenizer.to_array, some)
 
 
 def write_splits(paths, stem, tokenizer, workers, limit, val_fraction):
@@ -371,36 +361,31 @@ def write_splits(paths, stem, tokenizer, workers, limit, val_fraction):
     if val_fraction and counts["val"] < WINDOW:                   # few documents, or one: hold out the end too
         tokens = np.concatenate(waiting["train"])
         tail = min(len(tokens) // 2, max(WINDOW, int(val_fraction * counts["train"])))
-        waiting["train"] = [tokens[:-tail]]
-        waiting["val"] += [[tokenizer.eot], tokens[-tail:]]
+        rest, end = np.split(tokens, [len(tokens) - tail])
+        waiting["train"], waiting["val"] = [rest], [*waiting["val"], [tokenizer.eot], end]
         counts["train"], counts["val"] = counts["train"] - tail, counts["val"] + 1 + tail
     write("train", 0)
     write("val", 0)
     return counts
 
 
-def tokenise(paths, folder, tokenizer="gpt2", workers=1, shard_tokens=SHARD_TOKENS, val_fraction=0.01, prefix="text",
+def tokenise(paths, folder, tokenizer, workers=1, shard_tokens=SHARD_TOKENS, val_fraction=0.01, prefix="text",
              wait=False):
-    """Make the shards of `folder` from text files; returns its meta. They are made in folder.part, which is renamed
-    when all are complete. Every 1/val_fraction-th document is held out. The number of threads changes nothing."""
-    stats, n_vocab = [os.stat(path) for path in paths], TOKENIZERS[tokenizer]
-    recipe = {"inputs": [[os.path.basename(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)],
-              "tokenizer": tokenizer, "shard_tokens": shard_tokens, "val_fraction": val_fraction}
+    """Make the shards of `folder` from text files, in folder.part, which is renamed when all are complete; returns the
+    meta. With `wait`, another run that writes there is waited for, and what it wrote is taken."""
     with locked(folder, wait, beside=True):
-        meta, part = read_meta(folder), f"{os.path.realpath(folder)}.part"
-        if meta.get("recipe") == recipe and shard_names(folder) == sorted(meta["files"]):
-            say(f"{folder}: these shards are there already, made from the same files with the same settings")
-            return meta
+        if wait and shard_names(folder):
+            return read_meta(folder)
         if os.path.isdir(folder) and os.listdir(folder):
-            raise UserError(f"{folder}: is there already, incomplete or made from other files or settings; remove it "
-                            "or choose another --out")
+            raise UserError(f"{folder}: is there already; remove the folder or choose another --out")
+        part = f"{os.path.realpath(folder)}.part"
         shutil.rmtree(part, ignore_errors=True)                  # of a run that was killed
         try:
             os.mkdir(part)
             counts = write_splits(paths, os.path.join(part, prefix), get_tokenizer(tokenizer), workers, shard_tokens,
                                   val_fraction)
             files = {name: examine(os.path.join(part, name), tokenizer) for name in shard_names(part)}
-            meta = {"tokenizer": tokenizer, "n_vocab": n_vocab, "eot": n_vocab - 1, "files": files, "recipe": recipe}
+            meta = {"tokenizer": tokenizer, "files": files}
             write_meta(part, meta)
             publish_file(part, os.path.realpath(folder))
         finally:
@@ -433,11 +418,7 @@ def standard_library_files():
 
 TIMEOUT, BLOCK = (10, 30), 1 << 16           # seconds to connect, and of silence; bytes read at a time
 LONGEST_WAIT = 600                           # seconds before the next try; a server that asks for more is given up
-
-
-def hub():
-    """The address of the Hugging Face hub, from HF_ENDPOINT."""
-    return os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
+HUB = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
 
 
 def download(url, path, size=None, progress=None, tries=8):
@@ -446,14 +427,14 @@ def download(url, path, size=None, progress=None, tries=8):
     cannot be had, or after `tries` tries in a row that add nothing. HF_TOKEN is sent to the hub's address alone."""
     name, part, failures = os.path.basename(path), f"{path}.part", 0
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    most = size_of(part)
     while True:
-        problem, asked = receive(url, part, size, progress)
+        before = size_of(part)
+        problem, wait = receive(url, part, size, progress)
         if not problem:
             return publish_file(part, path)
         say("\n" * sys.stderr.isatty(), end="", file=sys.stderr)            # leave the line of progress
-        failures, most = (0, size_of(part)) if size_of(part) > most else (failures + 1, most)
-        wait = max(asked, min(60, 2 ** failures / 2))
+        failures = 0 if size_of(part) > before else failures + 1
+        wait = max(wait, min(60, 2 ** failures / 2))
         if failures == tries or wait > LONGEST_WAIT:
             raise UserError(f"{name}: {problem}; given up after try {failures} of {tries}")
         say(f"{name}: {problem}; try {failures + 1} of {tries} in {wait:.0f} s", file=sys.stderr)
@@ -471,8 +452,8 @@ def receive(url, part, size, progress):
     import requests
     have, token = size_of(part), os.environ.get("HF_TOKEN", "").strip()
 
-    def authorize(request):              # not called again at a redirect, where requests itself drops the header if the
-        if token and url.startswith(f"{hub()}/"):                            # host or port is another
+    def authorize(request):              # for the first address; requests itself takes the header out where a redirect
+        if token and url.startswith(f"{HUB}/"):                          # leads to another host or port
             request.headers["Authorization"] = f"Bearer {token}"
         return request
 
@@ -524,8 +505,8 @@ def download_shards(folder, shards=TRAIN_SHARDS):
     """Bring the validation shard and the first `shards` training shards into `folder`; what is there already stays."""
     with locked(folder, beside=True):
         meta, sizes = read_meta(folder), published(shards)
-        if "recipe" in meta:
-            raise UserError(f"{folder}: holds shards made from your own text; choose another --out")
+        if {*shard_names(folder)} - {*published(TRAIN_SHARDS)}:
+            raise UserError(f"{folder}: holds other shards; choose another --out")
         files, paths = meta.setdefault("files", {}), {name: os.path.join(folder, name) for name in sizes}
         lacking = [name for name, path in paths.items() if size_of(path) != sizes[name]]
         bar = Progress("downloading", sum(sizes[name] for name in lacking) / 1e6, "MB",
@@ -533,7 +514,7 @@ def download_shards(folder, shards=TRAIN_SHARDS):
         came = 0
         for name, path in paths.items():
             if name in lacking:
-                download(f"{hub()}/datasets/{REPO}/resolve/main/{name}", path, sizes[name],
+                download(f"{HUB}/datasets/{REPO}/resolve/main/{name}", path, sizes[name],
                          lambda done: bar.update((came + done) / 1e6, f", {name}"))
                 came += sizes[name]
             if name in lacking or name not in files:
@@ -556,10 +537,9 @@ def verify(folder):
         path = os.path.join(folder, name)
         try:
             facts = examine(path, meta["tokenizer"])
-            if name in files and files[name] != facts:
+            if files.get(name, facts) != facts:
                 raise damaged(path, f"{facts} where meta.json has {files[name]}")
-            say(f"good  {name}: {facts['tokens']:,} tokens, {facts['documents']:,} documents"
-                + ", not listed in meta.json" * (name not in files))
+            say(f"good  {name}: {facts['tokens']:,} tokens" + ", not in meta.json" * (name not in files))
         except UserError as error:
             bad += 1
             say(f"BAD   {error}")
@@ -576,7 +556,7 @@ def parse_args():
     add("--shards", type=int, default=TRAIN_SHARDS, metavar="N",
         help=f"download the first N training shards of 100M tokens (default: all {TRAIN_SHARDS})")
     add("--input", nargs="+", metavar="FILE", help="text to tokenise; patterns like 'a/*.jsonl.gz' are expanded. A "
-        "line of .jsonl (its field \"text\") is a document, and so is a whole .txt or .py file")
+        "line of .jsonl (its field \"text\") is a document, and so is the whole of any other file; all in UTF-8")
     add("--tokenizer", choices=TOKENIZERS, default="gpt2", help="for --input (default: gpt2)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads for --input (default: one a core)")
     add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
@@ -594,24 +574,14 @@ def parse_args():
     return args
 
 
-def expand(patterns):
-    """File names from names and patterns, in the order given; the matches of a pattern sorted."""
-    paths = []
-    for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
-        if not found:
-            raise UserError(f"{pattern}: no such file")
-        paths += found
-    return paths
-
-
 def main():
     args = parse_args()
     out = args.out or FINEWEB_FOLDER
     if args.command == "verify":
         return 1 if verify(out) else 0
     if args.input:
-        tokenise(expand(args.input), out, args.tokenizer, args.workers, args.shard_tokens, args.val_fraction)
+        paths = [path for pattern in args.input for path in sorted(glob.glob(pattern)) or [pattern]]
+        tokenise(paths, out, args.tokenizer, args.workers, args.shard_tokens, args.val_fraction)
     else:
         download_shards(out, args.shards)
     say(f"next: python train.py --data={out}")
