@@ -308,7 +308,7 @@ def read_jsonl(lines):
             if line.strip():
                 yield json.loads(line)["text"] + ""              # TypeError where it is no string
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f'line {number} is no JSON object with a string "text" ({error!r})') from None
+            raise ValueError(f'line {number} is no JSON object with a string "text" ({error})') from None
 
 
 def documents(paths, counts):
