@@ -306,7 +306,7 @@ def read_jsonl(lines):
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                yield json.loads(line)["text"] + ""              # TypeError where it is no string
+                yield "" + json.loads(line)["text"]              # TypeError where it is no string
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'line {number} is no JSON object with a string "text" ({error})') from None
 
