@@ -74,10 +74,8 @@ def parse_rows(data, path):
             if line.strip():
                 row = json.loads(line)
                 texts = [row["ctx"], row["ctx_a"], row["ctx_b"], row["activity_label"]] + row["endings"]
-                if [type(text) for text in texts] != 8 * [str]:
-                    raise TypeError("ctx, ctx_a, ctx_b, activity_label and four endings must be texts")
-                if str(row["label"]) not in ("0", "1", "2", "3"):
-                    raise ValueError(f"label must be 0, 1, 2 or 3, not {row['label']!r} (the test split has none)")
+                if [type(text) for text in texts] != 8 * [str] or str(row["label"]) not in ("0", "1", "2", "3"):
+                    raise ValueError("ctx, ctx_a, ctx_b, activity_label and four endings are due as texts, label 0 to 3")
                 rows.append({**row, "label": int(row["label"])})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: not a HellaSwag item ({type(error).__name__}: {error})") from None
@@ -270,8 +268,8 @@ def predictions(items, scores):
 
 
 def accuracy(items, predicted):
-    """{metric: accuracy, metric_stderr: its standard error, "items": how many}; sample variance, as in lm-eval."""
-    n, result = len(items), {"items": len(items)}
+    """{metric: accuracy, metric_stderr: its standard error}; sample variance, as in lm-eval."""
+    n, result = len(items), {}
     for metric, choice in predicted.items():
         mean = sum(int(c) == item.label for c, item in zip(choice, items)) / n
         result[metric], result[f"{metric}_stderr"] = mean, math.sqrt(mean * (1 - mean) / max(1, n - 1))
@@ -316,7 +314,11 @@ def main():
     scores = score(model, items, args.batch_tokens, getattr(torch, args.dtype))
     predicted = predictions(items, scores)
     if args.out:
-        write_results(args.out, items, scores, predicted)
+        with atomic_write(args.out) as file:
+            for row, (item, values) in enumerate(zip(items, scores.tolist())):
+                choices = {metric: int(choice[row]) for metric, choice in predicted.items()}
+                record = {"index": item.index, "label": item.label, "scores": values, **choices}
+                file.write(f"{json.dumps(record)}\n".encode())
     say(f"HellaSwag, {args.style} rendering, {args.shots}-shot, {len(items)} items, {args.dtype} on "
         f"{model.head.weight.device.type}")
     if cut := sum(item.length > config.block_size for item in items):
@@ -324,15 +326,6 @@ def main():
     result = accuracy(items, predicted)
     for metric, divisor in METRICS.items():
         say(f"{metric:16} {result[metric]:6.2%} +- {result[metric + '_stderr']:.2%}   log-probability / {divisor}")
-
-
-def write_results(path, items, scores, predicted):
-    """The file of --out: a line of JSON for each item."""
-    with atomic_write(path) as file:
-        for row, (item, values) in enumerate(zip(items, scores.tolist())):
-            choices = {metric: int(choice[row]) for metric, choice in predicted.items()}
-            record = {"index": item.index, "label": item.label, "scores": values, **choices}
-            file.write(f"{json.dumps(record)}\n".encode())
 
 
 if __name__ == "__main__":
