@@ -416,7 +416,7 @@ def standard_library_files():
 
 # ---- the network: any file, and the paper's shards -------------------------------------------------------------------
 
-TIMEOUT, BLOCK = (10, 30), 1 << 16           # seconds to connect, and of silence; bytes read at a time
+TIMEOUT, BLOCK = (10, 30), 1 << 14           # seconds to connect, and of silence; bytes read at a time
 LONGEST_WAIT = 600                           # seconds before the next try; a server that asks for more is given up
 HUB = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
 
