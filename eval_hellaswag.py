@@ -48,14 +48,12 @@ def read_split(split, path=""):
     name, url = path or f"data/hellaswag/hellaswag_{split}.jsonl", URL.format(split)
     if not path and not os.path.exists(name):
         try:
-            download(url, name, sha256=SHA256[split], tries=3)
+            download(url, name, tries=3)
         except UserError as error:
             raise UserError(f"{error}; without a connection, save {url} as {name} yourself") from None
     data = read_bytes(name)
-    official = hashlib.sha256(data).hexdigest() == SHA256[split]
-    if not path and not official:
+    if not path and hashlib.sha256(data).hexdigest() != SHA256[split]:
         raise UserError(f"{name} is not the official file; remove it and run again")
-    say(f"{name}: {'the official' if official else 'not the official'} {split} file")
     return parse_rows(data, name)
 
 
@@ -70,24 +68,20 @@ def read_bytes(path):
 
 def parse_rows(data, path):
     """The rows of a HellaSwag file as dicts with an integer label. UserError names the first bad line of `path`."""
-    rows = [parse_row(line, f"{path}, line {n}") for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                texts = [row["ctx"], row["ctx_a"], row["ctx_b"], row["activity_label"]] + row["endings"]
+                if [type(text) for text in texts] != 8 * [str] or str(row["label"]) not in ("0", "1", "2", "3"):
+                    raise ValueError("ctx, ctx_a, ctx_b, activity_label and four endings are due as texts, label 0 to 3")
+                rows.append({**row, "label": int(row["label"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: not a HellaSwag item ({type(error).__name__}: {error})") from None
     if not rows:
         raise UserError(f"{path}: no items in it")
     return rows
-
-
-def parse_row(line, place):
-    """One line of a HellaSwag file -> dict."""
-    try:
-        row = json.loads(line)
-        texts = [row["ctx"], row["ctx_a"], row["ctx_b"], row["activity_label"]] + row["endings"]
-        if [type(text) for text in texts] != 8 * [str]:
-            raise TypeError("ctx, ctx_a, ctx_b, activity_label and four endings must be texts")
-        if str(row["label"]) not in ("0", "1", "2", "3"):
-            raise ValueError(f"label must be 0, 1, 2 or 3, not {row['label']!r} (the test split has none)")
-        return {**row, "label": int(row["label"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place}: not a HellaSwag item ({type(error).__name__}: {error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- 2 rendering
@@ -146,15 +140,12 @@ def draw_examples(train_rows, rows, shots, seed=1234):
     """
     if shots >= len(train_rows):
         raise UserError(f"{shots} examples cannot be drawn from {len(train_rows)} training items")
-    generator = random.Random(seed)
-    drawn = (generator.sample(train_rows, shots + 1) for _ in rows)
-    return ["".join(solved_example(r) for r in [r for r in some if r != row][:shots]) for row, some in zip(rows, drawn)]
-
-
-def solved_example(row):
-    """Context and true ending of a training row, and the blank line that ends an example."""
-    context, endings = render_lmeval(row)
-    return f"{context} {endings[row['label']]}\n\n"
+    generator, texts = random.Random(seed), []
+    for row in rows:
+        drawn = [other for other in generator.sample(train_rows, shots + 1) if other != row][:shots]
+        solved = [(*render_lmeval(other), other["label"]) for other in drawn]
+        texts.append("".join(f"{context} {endings[label]}\n\n" for context, endings, label in solved))
+    return texts
 
 
 def make_items(rows, style="lmeval", examples=None):
@@ -210,23 +201,17 @@ def plan(items, block_size, batch_tokens):
     return batches
 
 
-def prefix_cache(model, prefixes, length):
-    """A KVCache of `length` tokens that has read the prefixes (items, tokens), each repeated for four endings."""
-    device = model.head.weight.device
-    dtype = compute_dtype(device) or model.head.weight.dtype
-    cache = KVCache(model.config, len(prefixes), length, device, dtype)
-    model.trunk(torch.tensor(prefixes, device=device), cache=cache)
-    return cache.repeat(4)
-
-
 def score_batch(model, prefix, length, items, dtype):
     """Summed log-probabilities (items, 4) of the endings, float64 on the CPU."""
-    device, block_size = model.head.weight.device, model.config.block_size
+    device, config = model.head.weight.device, model.config
     endings = [ending for item in items for ending in item.endings]
-    rows = [(item.context + ending)[:-1][-block_size:][prefix:] for item in items for ending in item.endings]
-    idx = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    rows = [(item.context + ending)[:-1][-config.block_size:][prefix:] for item in items for ending in item.endings]
+    idx, cache = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device), None
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        cache = prefix_cache(model, [item.context[:prefix] for item in items], length) if prefix else None
+        if prefix:                                           # read once, then repeated for the four endings
+            cache = KVCache(config, len(items), length, device, compute_dtype(device) or model.head.weight.dtype)
+            model.trunk(torch.tensor([item.context[:prefix] for item in items], device=device), cache=cache)
+            cache = cache.repeat(4)
         hidden = model.trunk(idx, cache=cache)
     # the last len(ending) outputs of a row predict the tokens of its ending
     scored = torch.cat([h[len(row) - len(ending):len(row)] for h, row, ending in zip(hidden, rows, endings)])
@@ -244,23 +229,14 @@ def token_log_probs(model, hidden, targets):
     return torch.cat(parts)
 
 
-def check_model(model):
-    """UserError if the model's token ids are not GPT-2's."""
-    config = model.config
-    if config.tokenizer != "gpt2" or config.vocab_size < 50257:
-        raise UserError("HellaSwag is scored in GPT-2's 50,257 tokens; this model was trained on "
-                        f"{config.vocab_size:,} of the tokenizer {config.tokenizer!r}")
-
-
 @torch.no_grad()
 def score(model, items, batch_tokens=8192, dtype=torch.float32):
     """Summed log-probabilities (len(items), 4) of the endings, float64 on the CPU. Shows its progress.
 
-    model         an ExoFormer, not compiled
+    model         an ExoFormer of GPT-2's tokens, not compiled
     batch_tokens  tokens in one batch, counting a shared prefix four times
     dtype         torch.float32, or torch.bfloat16 to run the layers under autocast (log-probabilities stay float32)
     """
-    check_model(model)
     batches, scores, done = plan(items, model.config.block_size, batch_tokens), {}, 0
     progress = Progress("HellaSwag", sum(length * len(batch) for _, length, batch in batches), "tokens")
     for prefix, length, batch in batches:
@@ -292,8 +268,8 @@ def predictions(items, scores):
 
 
 def accuracy(items, predicted):
-    """{metric: accuracy, metric_stderr: its standard error, "items": how many}; sample variance, as in lm-eval."""
-    n, result = len(items), {"items": len(items)}
+    """{metric: accuracy, metric_stderr: its standard error}; sample variance, as in lm-eval."""
+    n, result = len(items), {}
     for metric, choice in predicted.items():
         mean = sum(int(c) == item.label for c, item in zip(choice, items)) / n
         result[metric], result[f"{metric}_stderr"] = mean, math.sqrt(mean * (1 - mean) / max(1, n - 1))
@@ -330,28 +306,26 @@ def main():
     if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
         raise UserError(f"--out={args.out}: its folder does not exist or cannot be written")      # not after the work
     model = load_checkpoint(args.ckpt, choose_device(args.device))
-    check_model(model)
+    config = model.config
+    if config.tokenizer != "gpt2" or config.vocab_size < 50257:
+        raise UserError("HellaSwag is scored in GPT-2's 50,257 tokens; this model was trained on "
+                        f"{config.vocab_size:,} of the tokenizer {config.tokenizer!r}")
     items = load_items(args.data, args.shots, args.style, args.limit, args.train)
     scores = score(model, items, args.batch_tokens, getattr(torch, args.dtype))
     predicted = predictions(items, scores)
     if args.out:
-        write_results(args.out, items, scores, predicted)
+        with atomic_write(args.out) as file:
+            for row, (item, values) in enumerate(zip(items, scores.tolist())):
+                choices = {metric: int(choice[row]) for metric, choice in predicted.items()}
+                record = {"index": item.index, "label": item.label, "scores": values, **choices}
+                file.write(f"{json.dumps(record)}\n".encode())
     say(f"HellaSwag, {args.style} rendering, {args.shots}-shot, {len(items)} items, {args.dtype} on "
         f"{model.head.weight.device.type}")
-    if cut := sum(item.length > model.config.block_size for item in items):
-        say(f"{cut} contexts were cut on the left to block_size={model.config.block_size}")
+    if cut := sum(item.length > config.block_size for item in items):
+        say(f"{cut} contexts were cut on the left to block_size={config.block_size}")
     result = accuracy(items, predicted)
     for metric, divisor in METRICS.items():
         say(f"{metric:16} {result[metric]:6.2%} +- {result[metric + '_stderr']:.2%}   log-probability / {divisor}")
-
-
-def write_results(path, items, scores, predicted):
-    """The file of --out: a line of JSON for each item."""
-    with atomic_write(path) as file:
-        for row, (item, values) in enumerate(zip(items, scores.tolist())):
-            choices = {metric: int(choice[row]) for metric, choice in predicted.items()}
-            record = {"index": item.index, "label": item.label, "scores": values, **choices}
-            file.write(f"{json.dumps(record)}\n".encode())
 
 
 if __name__ == "__main__":

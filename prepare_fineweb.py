@@ -2,7 +2,7 @@
 
     python prepare_fineweb.py                           the paper's data, already tokenised: 100 files, 19.9 GB
     python prepare_fineweb.py --shards=5                its validation shard and first 5 training shards: 1.2 GB
-    python prepare_fineweb.py --input=FILES --out=DIR   your own text (.txt, .py, .jsonl, .parquet, .gz of each)
+    python prepare_fineweb.py --input=FILES --out=DIR   your own text: .jsonl, plain text, .gz of both
     python prepare_fineweb.py verify --out=DIR          read everything again and compare
 
 A shard (the format of llm.c and modded-nanogpt) is a header of 256 little-endian int32: magic 20240520, version 1,
@@ -16,8 +16,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import importlib.util
-import io
 import itertools
 import json
 import math
@@ -26,7 +24,6 @@ import re
 import shutil
 import sys
 import sysconfig
-import tempfile
 import time
 import zlib
 from collections import Counter
@@ -39,7 +36,6 @@ from filelock import FileLock, Timeout
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 SHARD_TOKENS = 100_000_000                   # 200 MB a file, like the published shards
 TOKENIZERS = {"gpt2": 50257, "bytes": 257}   # name: number of tokens, the last of which is the end of text
-PIECE = 1 << 16                              # characters of a plain text that are tokenised at once
 WINDOW = 257                                 # block_size + 1 of train.py's smallest preset
 REPO, TRAIN_SHARDS, FINEWEB_FOLDER = "kjj0/finewebedu10B-gpt2", 99, "data/fineweb_edu10B"
 
@@ -192,16 +188,15 @@ def shard_tokens(path):
 
 
 def examine(path, tokenizer):
-    """Read a whole shard, some MB at a time: {tokens, documents, bytes, sha256}. UserError when it is not sound."""
-    count, n_vocab, documents, sha256 = shard_tokens(path), TOKENIZERS[tokenizer], 0, hashlib.sha256()
+    """Read a whole shard, some MB at a time: {tokens, sha256}. UserError when it is not sound."""
+    count, n_vocab, sha256 = shard_tokens(path), TOKENIZERS[tokenizer], hashlib.sha256()
     sha256.update(read_window(path, -HEADER_BYTES // 2, HEADER_BYTES // 2))
     for start in range(0, count, 1 << 21):
         tokens = read_window(path, start, min(1 << 21, count - start))
         sha256.update(tokens)
-        documents += int(np.count_nonzero(tokens == n_vocab - 1))
         if tokens.max() >= n_vocab:
             raise damaged(path, f"token {tokens.max()} is not in the vocabulary of {n_vocab}")
-    return {"tokens": count, "documents": documents, "bytes": HEADER_BYTES + 2 * count, "sha256": sha256.hexdigest()}
+    return {"tokens": count, "sha256": sha256.hexdigest()}
 
 
 def damaged(path, what):
@@ -213,7 +208,8 @@ def damaged(path, what):
 
 class Tokenizer:
     """.name .n_vocab .eot .encode(text) .decode(ids), and .n_bytes(ids): the number of UTF-8 bytes that the ids stand
-    for (the end of text stands for none). A special token that is spelled out in a text is text."""
+    for (the end of text stands for none). A special token that is spelled out in a text is text; half of a surrogate
+    pair, which JSON can spell, is "?"."""
 
     def __init__(self, name, table, to_array):
         self.name, self.n_vocab, self.eot = name, TOKENIZERS[name], TOKENIZERS[name] - 1
@@ -221,7 +217,7 @@ class Tokenizer:
         self.lengths = np.array([*map(len, table), 0])
 
     def encode(self, text):
-        return self.to_array(repaired(text)).tolist()
+        return self.to_array(text).tolist()
 
     def decode(self, ids):                    # a model's vocabulary is padded: what lies beyond ours has no text
         known = (self.table[i] if i < self.n_vocab else "\ufffd".encode() for i in ids)
@@ -237,7 +233,8 @@ def get_tokenizer(name):
     if name not in TOKENIZERS:
         raise UserError(f"unknown tokenizer {name!r}; there are {' and '.join(TOKENIZERS)}")
     if name == "bytes":
-        return Tokenizer(name, [bytes([i]) for i in range(256)], lambda text: np.frombuffer(text.encode(), np.uint8))
+        return Tokenizer(name, [bytes([i]) for i in range(256)],
+                         lambda text: np.frombuffer(text.encode(errors="replace"), np.uint8))
     import requests
     import tiktoken
     try:
@@ -246,19 +243,14 @@ def get_tokenizer(name):
         raise UserError(f"tiktoken cannot get the vocabulary of GPT-2 ({type(error).__name__}); go online once, set "
                         "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes") from None
     return Tokenizer(name, [bpe.decode_single_token_bytes(i) for i in range(50256)],
-                     lambda text: bpe.encode_to_numpy(text, disallowed_special=()))
-
-
-def repaired(text):
-    """The text with U+FFFD for each half of a surrogate pair that lacks the other; JSON can spell such a half."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                     lambda text: bpe.encode_to_numpy(text.encode(errors="replace").decode(), disallowed_special=()))
 
 
 # ---- a folder of shards ----------------------------------------------------------------------------------------------
 
 def read_meta(folder):
-    """meta.json of a folder: "tokenizer"; where known also "n_vocab", "eot" and "files", {name: {tokens, documents,
-    bytes, sha256}}. A folder without one holds GPT-2 tokens. UserError when it cannot be used."""
+    """meta.json of a folder: "tokenizer" and, where known, "files", {name: {tokens, sha256}}. A folder without one
+    holds GPT-2 tokens. UserError when it cannot be used."""
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
         return {"tokenizer": "gpt2"}
@@ -284,14 +276,9 @@ def shard_names(folder, split="train|val"):
     return sorted(name for name in names if re.search(rf"_({split})(_\d+)?\.bin$", name))
 
 
-def missing(folder, meta):
-    """The files that meta.json lists and the folder lacks."""
-    return [name for name in meta.get("files", {}) if not os.path.exists(os.path.join(folder, name))]
-
-
 def find_shards(folder, split):
     """Sorted paths of the "train" or "val" shards. UserError when there is none, or when a listed file is missing."""
-    if gone := missing(folder, read_meta(folder)):
+    if gone := sorted({*read_meta(folder).get("files", {})} - {*shard_names(folder)}):
         raise UserError(f"{folder}: {gone[0]} is not there but meta.json lists it ({len(gone)} such files); run the "
                         f"command that made this folder again (python prepare_fineweb.py ... --out={folder})")
     if not (names := shard_names(folder, split)):
@@ -314,89 +301,44 @@ def fingerprint(folder, split):
 
 # ---- your own text: documents -> tokens -> shards --------------------------------------------------------------------
 
-def read_jsonl(stream):
-    """A line is a document: its field "text"."""
-    for number, line in enumerate(stream, 1):
+def read_jsonl(lines):
+    """The documents of a .jsonl file: the field "text" of each line."""
+    for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                yield "start", repaired(json.loads(line.decode("utf-8-sig", "replace"), strict=False)["text"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            yield "bad", f'{number}: no JSON object with a string "text"'
+                yield "" + json.loads(line)["text"]              # TypeError where it is no string
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f'line {number} is no JSON object with a string "text" ({error})') from None
 
 
-def read_text(stream):
-    """A plain text is one document. It is read in pieces, so that its size does not matter. Each ends between a visible
-    character and a space or newline, where GPT-2's pattern ends a token in any case: the tokens are the same."""
-    text, kind, rest = io.TextIOWrapper(stream, "utf-8-sig", "replace", newline=""), "start", ""
-    while piece := text.read(PIECE):
-        if end := re.match(r".*\S(?=[ \n])", piece, re.DOTALL):
-            yield kind, rest + end[0]
-            kind, rest, piece = "more", "", piece[end.end():]
-        rest += piece
-    yield kind, rest
-
-
-def read_parquet(stream):
-    """A row is a document: its column "text"."""
-    from pyarrow import parquet
-    for batch in parquet.ParquetFile(stream).iter_batches(batch_size=256, columns=["text"]):
-        if not batch.num_columns:
-            raise ValueError('no column "text"')
-        yield from (("start", text or "") for text in batch.column(0).to_pylist())
-
-
-READERS = {".txt": read_text, ".py": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
-
-
-def read_files(paths, counts):
-    """(path, kind, text) of all files in turn. Kinds are "start" (a document or its first piece), "more" (a further
-    piece) and "bad" (line number and what is wrong with the line). counts["read"] is the number of bytes read."""
-    suffixes = [os.path.splitext(path.removesuffix(".gz"))[1] for path in paths]
-    for path, suffix in zip(paths, suffixes):
-        if suffix not in READERS:
-            raise UserError(f"{path}: unknown kind of file; known are {', '.join(READERS)}, each also with .gz")
-        if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-            raise UserError(f"{path}: to read .parquet, pip install pyarrow; or give .jsonl files")
-    for path, suffix in zip(paths, suffixes):
+def documents(paths, counts):
+    """The documents of text files in turn, without empty ones. A file that is no .jsonl is one document. counts["read"]
+    is the number of bytes read so far."""
+    for path in paths:
         before = counts["read"]
         with open(path, "rb") as file:
+            stream = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+            lines = path.removesuffix(".gz").endswith(".jsonl")
             try:
-                for kind, text in READERS[suffix](gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file):
+                for text in read_jsonl(stream) if lines else [stream.read().decode("utf-8-sig")]:
                     counts["read"] = before + file.tell()
-                    yield path, kind, text
+                    if text.strip():
+                        yield text
             except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{path}: damaged file ({error}); get it again") from None
-
-
-def documents(paths, counts, max_bad_lines):
-    """(whether a document starts here, text) of all files in turn. What is left out, and what is odd, is counted."""
-    for path, kind, text in read_files(paths, counts):
-        if kind == "bad":
-            counts["malformed"] += 1
-            if counts["malformed"] > max_bad_lines:
-                raise UserError(f"{path}:{text}; these are more malformed lines than --max_bad_lines={max_bad_lines}; "
-                                "nothing was written")
-            if counts["malformed"] <= 10:
-                say(f"{path}:{text}; left out", file=sys.stderr)
-        elif kind == "start" and not text.strip():
-            counts["empty"] += 1
-        else:
-            counts["bytes"] += len(text.encode())
-            counts["odd"] += "\0" in text or "\ufffd" in text
-            yield kind == "start", text
+                raise UserError(f"{path}: {error}; nothing was written") from None
 
 
 def encode(texts, tokenizer, workers):
-    """(whether a document starts, tokens) of (whether a document starts, text), in order; only some are in memory.
-    Threads serve, since tiktoken releases the interpreter's lock."""
-    with ThreadPoolExecutor(workers) as pool:
-        while some := list(itertools.islice(texts, 64 * workers)):
-            yield from zip([starts for starts, _ in some], pool.map(tokenizer.to_array, [text for _, text in some]))
+    """The tokens of the texts, in order, as arrays; only some are in memory. Threads serve, since tiktoken releases the
+    interpreter's lock."""
+    pool = ThreadPoolExecutor(workers)                           # `with` would make Ctrl-C wait for the end of a text
+    while some := list(itertools.islice(texts, 64 * workers)):
+        yield from pool.map(tokenizer.to_array, some)
 
 
-def write_splits(paths, stem, tokenizer, workers, limit, val_fraction, max_bad_lines):
+def write_splits(paths, stem, tokenizer, workers, limit, val_fraction):
     """Write the documents of text files as shards STEM_train_000000.bin, STEM_val_000000.bin, ... of `limit` tokens; a
-    document may run over into the next file. Returns counts of what was read."""
+    document may run over into the next file. Returns {"train": tokens, "val": tokens, ...}."""
     counts, waiting, written = Counter(), {"train": [], "val": []}, Counter()
     bar = Progress("tokenising", sum(map(os.path.getsize, paths)) / 1e6, "MB")
 
@@ -406,62 +348,49 @@ def write_splits(paths, stem, tokenizer, workers, limit, val_fraction, max_bad_l
             write_shard(f"{stem}_{split}_{written[split]:06d}.bin", tokens[:limit])
             waiting[split], written[split] = [tokens[limit:]], written[split] + 1
 
-    for starts, tokens in encode(documents(paths, counts, max_bad_lines), tokenizer, workers):
-        if starts:                                                # with 0.01, documents 100, 200, ... are held out
-            counts["documents"] += 1
-            n = counts["documents"]
-            split = "val" if int(n * val_fraction) > int((n - 1) * val_fraction) else "train"
-            tokens = np.append(tokenizer.eot, tokens)
-        waiting[split].append(tokens.astype(np.uint16))
-        counts[split] += len(tokens)
+    for n, tokens in enumerate(encode(documents(paths, counts), tokenizer, workers)):
+        # with 0.01, documents 100, 200, ... are held out
+        split = "val" if int((n + 1) * val_fraction) > int(n * val_fraction) else "train"
+        waiting[split].append(np.append(tokenizer.eot, tokens).astype(np.uint16))
+        counts[split] += 1 + len(tokens)
         write(split, limit)
         bar.update(counts["read"] / 1e6, f", {counts['train'] + counts['val']:,} tokens")
     bar.end()
     if not counts["train"]:
         raise UserError("there is no text in these files; nothing was written")
-    if val_fraction and not counts["val"]:                        # there was one document: hold out its end
+    if val_fraction and counts["val"] < WINDOW:                   # few documents, or one: hold out the end too
         tokens = np.concatenate(waiting["train"])
         tail = min(len(tokens) // 2, max(WINDOW, int(val_fraction * counts["train"])))
         rest, end = np.split(tokens, [len(tokens) - tail])
-        waiting["train"], waiting["val"] = [rest], [[tokenizer.eot], end]
-        counts["train"], counts["val"] = counts["train"] - tail, 1 + tail
-    if val_fraction and counts["val"] < WINDOW:
-        raise UserError(f"only {counts['val']} of {counts['train'] + counts['val']} tokens would be held out, train.py "
-                        f"needs {WINDOW} or more; give a larger --val_fraction or more text (nothing was written)")
+        waiting["train"], waiting["val"] = [rest], [*waiting["val"], [tokenizer.eot], end]
+        counts["train"], counts["val"] = counts["train"] - tail, counts["val"] + 1 + tail
     write("train", 0)
     write("val", 0)
     return counts
 
 
-def tokenise(paths, folder, tokenizer="gpt2", workers=1, shard_tokens=SHARD_TOKENS, val_fraction=0.01,
-             max_bad_lines=100, prefix="text", wait=False):
-    """Make the shards of `folder` from text files; returns its meta. They are made in folder.part, which is renamed
-    when all are complete. Every 1/val_fraction-th document is held out. The number of threads changes nothing."""
-    stats, n_vocab = [os.stat(path) for path in paths], TOKENIZERS[tokenizer]
-    recipe = {"inputs": [[os.path.basename(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)],
-              "tokenizer": tokenizer, "shard_tokens": shard_tokens, "val_fraction": val_fraction}
+def tokenise(paths, folder, tokenizer, workers=1, shard_tokens=SHARD_TOKENS, val_fraction=0.01, prefix="text",
+             wait=False):
+    """Make the shards of `folder` from text files, in folder.part, which is renamed when all are complete; returns the
+    meta. With `wait`, another run that writes there is waited for, and what it wrote is taken."""
     with locked(folder, wait, beside=True):
-        meta, part = read_meta(folder), f"{os.path.realpath(folder)}.part"
-        if meta.get("recipe") == recipe and not missing(folder, meta):
-            say(f"{folder}: these shards are there already, made from the same files with the same settings")
-            return meta
+        if wait and shard_names(folder):
+            return read_meta(folder)
         if os.path.isdir(folder) and os.listdir(folder):
-            raise UserError(f"{folder}: is there already, incomplete or made from other files or settings; remove it "
-                            "or choose another --out")
+            raise UserError(f"{folder}: is there already; remove the folder or choose another --out")
+        part = f"{os.path.realpath(folder)}.part"
         shutil.rmtree(part, ignore_errors=True)                  # of a run that was killed
         try:
             os.mkdir(part)
             counts = write_splits(paths, os.path.join(part, prefix), get_tokenizer(tokenizer), workers, shard_tokens,
-                                  val_fraction, max_bad_lines)
+                                  val_fraction)
             files = {name: examine(os.path.join(part, name), tokenizer) for name in shard_names(part)}
-            meta = {"tokenizer": tokenizer, "n_vocab": n_vocab, "eot": n_vocab - 1, "files": files, "recipe": recipe}
+            meta = {"tokenizer": tokenizer, "files": files}
             write_meta(part, meta)
             publish_file(part, os.path.realpath(folder))
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    say(f"{folder}: {counts['train']:,} tokens to train on, {counts['val']:,} held out, from {counts['bytes']:,} bytes "
-        f"of text; left out: {counts['empty']} empty documents, {counts['malformed']} malformed lines; kept: "
-        f"{counts['odd']} documents with NUL or U+FFFD (not UTF-8)")
+    say(f"{folder}: {counts['train']:,} tokens to train on, {counts['val']:,} held out")
     return meta
 
 
@@ -487,39 +416,27 @@ def standard_library_files():
 
 # ---- the network: any file, and the paper's shards -------------------------------------------------------------------
 
-FIRST_WAIT, LONGEST_WAIT = 1, 600            # seconds before the next try; who asks for longer is left to the user
 TIMEOUT, BLOCK = (10, 30), 1 << 14           # seconds to connect, and of silence; bytes read at a time
-SLOW_SECONDS, SLOW_BYTES = 30, 300_000       # a connection that brings fewer bytes in this time is begun anew
+LONGEST_WAIT = 600                           # seconds before the next try; a server that asks for more is given up
+HUB = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
 
 
-def hub():
-    """(address, token or "") of the Hugging Face hub, from HF_ENDPOINT and HF_TOKEN."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/")
-    return endpoint or "https://huggingface.co", os.environ.get("HF_TOKEN", "").strip()
-
-
-def download(url, path, size=None, sha256=None, progress=None, tries=8):
-    """Bring `url` to `path`. It arrives as path.part, which a later call continues, is checked, then renamed.
-
-    size (bytes) and sha256 (hex): what the file must have, where known. progress(bytes so far) replaces the line on
-    stderr. UserError when the file cannot be had; it is given up after `tries` tries in a row that add nothing.
-    HF_TOKEN is sent to the hub's own address alone.
-    """
+def download(url, path, size=None, progress=None, tries=8):
+    """Bring `url`, a file of `size` bytes where that is known, to `path`. It arrives as path.part, which a later call
+    continues, and is renamed when complete. progress(bytes so far) replaces the line on stderr. UserError when it
+    cannot be had, or after `tries` tries in a row that add nothing. HF_TOKEN is sent to the hub's address alone."""
     name, part, failures = os.path.basename(path), f"{path}.part", 0
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    most = size_of(part)
     while True:
-        problem, asked = receive(url, part, size, progress)
-        came = size_of(part)
-        if not problem and sha256 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha256:
-            problem = f"what came is not the published file (sha256 {sha256})"
-            os.remove(part)
+        before = size_of(part)
+        problem, wait = receive(url, part, size, progress)
         if not problem:
             return publish_file(part, path)
-        failures, most = (0, came) if came > most else (failures + 1, most)
-        wait = max(asked, min(60, FIRST_WAIT * 2 ** max(0, failures - 1)))
+        say("\n" * sys.stderr.isatty(), end="", file=sys.stderr)            # leave the line of progress
+        failures = 0 if size_of(part) > before else failures + 1
+        wait = max(wait, min(60, 2 ** failures / 2))
         if failures == tries or wait > LONGEST_WAIT:
-            raise UserError(f"{name}: {problem}; given up after try {max(1, failures)} of {tries}")
+            raise UserError(f"{name}: {problem}; given up after try {failures} of {tries}")
         say(f"{name}: {problem}; try {failures + 1} of {tries} in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
 
@@ -533,41 +450,32 @@ def receive(url, part, size, progress):
     """One connection: append to `part` what it lacks, or begin anew where the server does. Returns (what is wrong,
     seconds to wait at least): ("", 0) when the file is complete, infinity where another try is useless."""
     import requests
-    have = max(0, size_of(part) - 1)             # one byte again: a range that begins at the end of a file is an error
-    have = have if have < (size or math.inf) else 0
-    try:
-        with get(url, have) as response:
-            status, asked = response.status_code, response.headers.get("Retry-After", "")
-            if status in (408, 425, 429) or status >= 500:
-                wait = int(asked) if asked.isdecimal() else 0                # a date gets the usual wait
-                return f"HTTP {status}" + f", and the server asks to wait {wait} s" * bool(wait), wait
-            if status not in (200, 206):
-                hint = {401: "; set HF_TOKEN to a token that may read it", 416: f"; remove {part}"}
-                return f"HTTP {status}{hint.get(401 if status == 403 else status, '')}", math.inf
-            if "text/html" in response.headers.get("Content-Type", ""):
-                return "a web page came instead of the file", 0
-            return copy(response, part, have if status == 206 else 0, size, progress), 0
-    except ValueError as error:
-        return f"no such address or token ({type(error).__name__}); check HF_ENDPOINT and HF_TOKEN", math.inf
-    except requests.RequestException as error:
-        return f"no connection, or a lost one ({type(error).__name__})", 0
+    have, token = size_of(part), os.environ.get("HF_TOKEN", "").strip()
 
-
-def get(url, start):
-    """The open response to a GET of `url` from byte `start` on. Raises what requests raises: ValueErrors for what can
-    be no address or token, other RequestExceptions for what may pass."""
-    import requests
-    session, (endpoint, token) = requests.Session(), hub()
-
-    def authorize(request, response=None):       # called at every redirect too, and keeps out what ~/.netrc has
-        request.headers.pop("Authorization", None)
-        if token and not session.should_strip_auth(endpoint, request.url):
+    def authorize(request):              # for the first address; requests itself takes the header out where a redirect
+        if token and url.startswith(f"{HUB}/"):                          # leads to another host or port
             request.headers["Authorization"] = f"Bearer {token}"
         return request
 
-    session.auth = session.rebuild_auth = authorize
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"}
-    return session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    try:
+        with requests.get(url, headers=headers, auth=authorize, stream=True, timeout=TIMEOUT) as response:
+            status, asked = response.status_code, response.headers.get("Retry-After", "")
+            if status in (408, 425, 429) or status >= 500:               # a date in Retry-After gets the usual wait
+                return f"HTTP {status}, Retry-After: {asked or 'none'}", int(asked) if asked.isdecimal() else 0
+            if status == 416:                                            # the part is no shorter than the file
+                os.remove(part)
+                return "what came earlier cannot be continued; begun anew", 0
+            if status not in (200, 206):
+                hint = "; set HF_TOKEN to a token that may read it" if status in (401, 403) else ""
+                return f"HTTP {status}{hint}", math.inf
+            if "text/html" in response.headers.get("Content-Type", ""):
+                return "a web page came instead of the file", 0
+            return copy(response, part, have if status == 206 else 0, size, progress), 0
+    except ValueError as error:                                          # its text may hold the token
+        return f"no such address or token ({type(error).__name__}); check HF_ENDPOINT and HF_TOKEN", math.inf
+    except requests.RequestException as error:
+        return f"no connection, or a lost one ({type(error).__name__})", 0
 
 
 def copy(response, part, start, size, progress):
@@ -577,20 +485,14 @@ def copy(response, part, start, size, progress):
     if size not in (None, total) or (place and not place.startswith(f"bytes {start}-")):
         return f"the server offers {length} bytes {place} where byte {start} to {size} is due"
     bar = Progress(f"downloading {os.path.basename(part)}", (total or 0) / 1e6, "MB", start / 1e6)
-    since, before = time.monotonic(), start
     with open(part, "r+b" if start else "wb") as file:
         file.seek(start)
-        try:
-            for block in response.iter_content(BLOCK):
-                file.write(block)
-                progress(file.tell()) if progress else bar.update(file.tell() / 1e6)
-                if (seconds := time.monotonic() - since) > SLOW_SECONDS:
-                    if file.tell() < before + SLOW_BYTES:
-                        return f"only {file.tell() - before:,} bytes came in {seconds:.0f} s"
-                    since, before = time.monotonic(), file.tell()
-        finally:
-            bar.end()
-        return "" if total in (None, file.tell()) else f"the connection ended at byte {file.tell()} of {total}"
+        for block in response.iter_content(BLOCK):
+            file.write(block)
+            done = file.tell()
+            progress(done) if progress else bar.update(done / 1e6)
+    bar.end()
+    return "" if total in (None, size_of(part)) else f"the connection ended at byte {size_of(part)} of {total}"
 
 
 def published(shards):
@@ -599,53 +501,25 @@ def published(shards):
     return {name: 107_979_712 if name == "finewebedu_train_000099.bin" else 200_001_024 for name in names}
 
 
-def published_checksums():
-    """{name: sha256} of the files of REPO, by the hub's list; empty where it cannot be had."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "list of checksums")
-        try:
-            download(f"{hub()[0]}/api/datasets/{REPO}/tree/main", path, tries=3)
-            with open(path, encoding="utf-8") as file:
-                return {row["path"]: row["lfs"]["oid"] for row in json.load(file) if row.get("lfs")}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            say(f"no list of checksums ({error}); going on without", file=sys.stderr)
-            return {}
-
-
 def download_shards(folder, shards=TRAIN_SHARDS):
     """Bring the validation shard and the first `shards` training shards into `folder`; what is there already stays."""
     with locked(folder, beside=True):
         meta, sizes = read_meta(folder), published(shards)
-        if "recipe" in meta:
-            raise UserError(f"{folder}: holds shards made from your own text; choose another --out")
-        os.makedirs(folder, exist_ok=True)
-        checksums, files = published_checksums(), meta.setdefault("files", {})
-        paths = {name: os.path.join(folder, name) for name in sizes}
-        came = {name: size_of(path) or size_of(f"{path}.part") for name, path in paths.items()}
-        need, free = sum(sizes.values()) - sum(came.values()), shutil.disk_usage(folder).free
-        if need > free - (64 << 20):
-            raise UserError(f"{folder}: {need / 1e9:.1f} GB are still to come but {free / 1e9:.1f} GB are free; make "
-                            "room, choose another --out, or take fewer --shards")
-        bar = Progress("downloading", sum(sizes.values()) / 1e6, "MB", sum(came.values()) / 1e6)
-
-        def bring(name):
-            """What is known of a shard, after it has come."""
-            def progress(done):
-                came[name] = done
-                bar.update(sum(came.values()) / 1e6)
-            if size_of(paths[name]) == sizes[name]:
-                return files.get(name, {"bytes": sizes[name], "sha256": checksums.get(name)})
-            download(f"{hub()[0]}/datasets/{REPO}/resolve/main/{name}", paths[name], sizes[name], checksums.get(name),
-                     progress)
-            try:
-                return examine(paths[name], "gpt2")
-            except UserError:
-                os.remove(paths[name])
-                raise
-
-        for name, facts in zip(sizes, ThreadPoolExecutor(4).map(bring, sizes)):
-            files[name] = facts
-            write_meta(folder, meta)
+        if {*shard_names(folder)} - {*published(TRAIN_SHARDS)}:
+            raise UserError(f"{folder}: holds other shards; choose another --out")
+        files, paths = meta.setdefault("files", {}), {name: os.path.join(folder, name) for name in sizes}
+        lacking = [name for name, path in paths.items() if size_of(path) != sizes[name]]
+        bar = Progress("downloading", sum(sizes[name] for name in lacking) / 1e6, "MB",
+                       sum(size_of(f"{paths[name]}.part") for name in lacking) / 1e6)
+        came = 0
+        for name, path in paths.items():
+            if name in lacking:
+                download(f"{HUB}/datasets/{REPO}/resolve/main/{name}", path, sizes[name],
+                         lambda done: bar.update((came + done) / 1e6, f", {name}"))
+                came += sizes[name]
+            if name in lacking or name not in files:
+                files[name] = examine(path, "gpt2")
+                write_meta(folder, meta)
         bar.end()
     say(f"{folder}: the validation shard and {shards} training shards are complete")
 
@@ -653,21 +527,19 @@ def download_shards(folder, shards=TRAIN_SHARDS):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def verify(folder):
-    """Read every shard again, compare it with what is known of it, print a line for each. Returns how many are bad."""
-    meta, sizes, bad = read_meta(folder), published(TRAIN_SHARDS), 0
+    """Read every shard again, compare it with meta.json, print a line for each. Returns how many are bad."""
+    meta, bad = read_meta(folder), 0
     files = meta.get("files", {})
     names = sorted({*shard_names(folder), *files})
     if not names:
         raise UserError(f"{folder}: there are no shards here")
     for name in names:
-        path, known = os.path.join(folder, name), files.get(name) or {"bytes": sizes.get(name)}
+        path = os.path.join(folder, name)
         try:
             facts = examine(path, meta["tokenizer"])
-            for key, value in known.items():
-                if value not in (None, facts[key]):
-                    raise damaged(path, f"{key} {facts[key]} should be {value}")
-            say(f"good  {name}: {facts['tokens']:,} tokens, {facts['documents']:,} documents, "
-                f"{'checksum matches' if known.get('sha256') else 'no checksum known'}")
+            if files.get(name, facts) != facts:
+                raise damaged(path, f"{facts} where meta.json has {files[name]}")
+            say(f"good  {name}: {facts['tokens']:,} tokens" + ", not in meta.json" * (name not in files))
         except UserError as error:
             bad += 1
             say(f"BAD   {error}")
@@ -684,35 +556,22 @@ def parse_args():
     add("--shards", type=int, default=TRAIN_SHARDS, metavar="N",
         help=f"download the first N training shards of 100M tokens (default: all {TRAIN_SHARDS})")
     add("--input", nargs="+", metavar="FILE", help="text to tokenise; patterns like 'a/*.jsonl.gz' are expanded. A "
-        "line of .jsonl or row of .parquet (field \"text\") is a document, and so is a whole .txt or .py file")
+        "line of .jsonl (its field \"text\") is a document, and so is the whole of any other file; all in UTF-8")
     add("--tokenizer", choices=TOKENIZERS, default="gpt2", help="for --input (default: gpt2)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads for --input (default: one a core)")
     add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
         help=f"tokens in a file made from --input (default: {SHARD_TOKENS})")
     add("--val_fraction", type=float, default=0.01, metavar="F",
         help="share of the documents of --input held out; 0.01 (default) takes the 100th, 200th, ...")
-    add("--max_bad_lines", type=int, default=100, metavar="N",
-        help="malformed lines of .jsonl to leave out before giving up (default: 100)")
     # "--input=a b" shall mean "--input a b", since a shell expands no pattern behind "="
     args = parser.parse_args([w for arg in sys.argv[1:] for w in re.split("(?<=^--input)=", arg)])
-    for name, low, high in (("shards", 0, TRAIN_SHARDS), ("workers", 1, 512), ("shard_tokens", 2, 2**31 - 1),
-                            ("val_fraction", 0, 0.9), ("max_bad_lines", 0, 2**31)):
-        if not low <= vars(args)[name] <= high:
-            parser.error(f"--{name}={vars(args)[name]} is not in {low} .. {high}")
+    if not (0 <= args.shards <= TRAIN_SHARDS and args.workers > 0 and 1 < args.shard_tokens < 2 ** 31
+            and 0 <= args.val_fraction < 1):
+        parser.error(f"--shards is 0 to {TRAIN_SHARDS}, --workers at least 1, --shard_tokens 2 to 2147483647, "
+                     "--val_fraction from 0 to below 1")
     if args.input and (args.command or not args.out):
         parser.error("--input needs --out=DIR and no other command")
     return args
-
-
-def expand(patterns):
-    """File names from names and patterns, in the order given; the matches of a pattern sorted."""
-    paths = []
-    for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
-        if not found:
-            raise UserError(f"{pattern}: no such file; --input takes files and patterns like 'folder/*.jsonl.gz'")
-        paths += found
-    return paths
 
 
 def main():
@@ -721,8 +580,8 @@ def main():
     if args.command == "verify":
         return 1 if verify(out) else 0
     if args.input:
-        tokenise(expand(args.input), out, args.tokenizer, args.workers, args.shard_tokens, args.val_fraction,
-                 args.max_bad_lines)
+        paths = [path for pattern in args.input for path in sorted(glob.glob(pattern)) or [pattern]]
+        tokenise(paths, out, args.tokenizer, args.workers, args.shard_tokens, args.val_fraction)
     else:
         download_shards(out, args.shards)
     say(f"next: python train.py --data={out}")

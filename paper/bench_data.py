@@ -22,7 +22,7 @@ def bench_data(args):
     """Tokenising speed of prepare_fineweb.py, from text files to checked shards on the disk, beside tiktoken's own
     encode_ordinary_batch on the same documents already in memory, interleaved on the same cores. Wall time compares
     them on an idle machine only; CPU time is less disturbed by others."""
-    texts = texts_of(pf.expand(args.input or pf.standard_library_files()))
+    texts = list(pf.documents(args.input or pf.standard_library_files(), Counter()))
     size, encoding = sum(len(text.encode()) for text in texts), tiktoken.get_encoding("gpt2")
     theirs, ours = [], []                                         # (wall, CPU) seconds
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def bench_data(args):
 def bench_data_memory(args):
     """Peak memory of `python prepare_fineweb.py` for one copy of the input and for eight. Measured from a small
     process in between: a child's peak counts the memory of the process it was forked from."""
-    paths = pf.expand(args.input or pf.standard_library_files())
+    paths = args.input or pf.standard_library_files()
     measure = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
     for copies in (1, 8):
@@ -55,14 +55,6 @@ def bench_data_memory(args):
             peak = int(subprocess.run(command, check=True, capture_output=True).stdout)
         size = sum(map(os.path.getsize, paths)) / 1e6
         print(f"  peak memory, {copies} x {size:.1f} MB of files   {peak / 1e3:.0f} MB")
-
-
-def texts_of(paths):
-    """The documents of files, as prepare_fineweb.py sees them."""
-    texts = []
-    for starts, text in pf.documents(paths, Counter(), 0):
-        texts += [text] if starts else [texts.pop() + text]
-    return texts
 
 
 def tokenise(paths, folder, workers):

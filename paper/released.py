@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from model import (TABLE_3, ExoFormer, count_parameters, read_checkpoint, released_names, save_checkpoint,
                    translate_released, variant_name)
 from perplexity import add_arguments, print_perplexity
-from prepare_fineweb import UserError, command_line, download, hub, locked
+from prepare_fineweb import HUB, UserError, command_line, download, locked
 
 
 def fetch(source, name, folder):
@@ -41,7 +41,7 @@ def fetch(source, name, folder):
     path = os.path.join(folder, *parts)
     with locked(os.path.dirname(path)):
         if not os.path.exists(path):
-            download(source if url.netloc else f"{hub()[0]}/{source}/resolve/main/{name}", path)
+            download(source if url.netloc else f"{HUB}/{source}/resolve/main/{name}", path)
     return path
 
 

@@ -21,6 +21,7 @@ import threading
 import time
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_shard_written_by_others_reads_back(tmp_path):
     assert pf.find_shards(str(tmp_path), "val") == [path] and pf.read_meta(str(tmp_path)) == {"tokenizer": "gpt2"}
     assert pf.shard_tokens(path) == 4 and pf.read_shard(path).tolist() == ids and pf.read_shard(path).dtype == np.uint16
     assert pf.read_window(path, 1, 2).tolist() == ids[1:3]
-    assert pf.examine(path, "gpt2") == {"tokens": 4, "documents": 1, "bytes": 1032, "sha256": hashlib.sha256(
+    assert pf.examine(path, "gpt2") == {"tokens": 4, "sha256": hashlib.sha256(
         pathlib.Path(path).read_bytes()).hexdigest()}
 
 
@@ -190,7 +191,7 @@ def test_tokenizer_is_utf8_or_tiktoken_goes_both_ways_and_counts_bytes(name, eot
     assert tokenizer.encode(TEXT) == ids and eot not in ids and tokenizer.decode(ids) == TEXT
     assert tokenizer.n_bytes([eot, *ids, eot]) == len(TEXT.encode())
     assert tokenizer.decode([eot, *tokenizer.encode("a"), 57600]) == "<|endoftext|>a\ufffd"
-    assert tokenizer.decode(tokenizer.encode("half \ud800 a pair")) == "half \ufffd a pair"
+    assert tokenizer.decode(tokenizer.encode("half \ud800 a pair")) == "half ? a pair"
 
 
 def test_unknown_tokenizer_is_refused():
@@ -201,43 +202,23 @@ def test_unknown_tokenizer_is_refused():
 # ---- text to shards --------------------------------------------------------------------------------------------------
 
 def test_documents_of_every_kind_of_file_come_in_order_each_after_an_end_of_text(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", ["one\n", "twö"])
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three", "id": 3}\n\n{"text": "four"}'))
+    write_jsonl(tmp_path / "a.jsonl", ["one\n", "", "twö\0", " \n", "half \ud800"])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "three", "id": 3}\n\n{"text": "four"}'))
     (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfline 1\r\nline 2 <|endoftext|>\n")
-    (tmp_path / "d.txt.gz").write_bytes(gzip.compress("fünf".encode()))
-    names = ["a.jsonl", "b.jsonl.gz", "c.txt", "d.txt.gz"]
-    meta = make_shards(tmp_path / "out", [tmp_path / name for name in names], val_fraction=0, max_bad_lines=0)
-    texts = ["one\n", "twö", "three", "four", "line 1\r\nline 2 <|endoftext|>\n", "fünf"]
+    (tmp_path / "d.md.gz").write_bytes(gzip.compress("fünf".encode()))
+    (tmp_path / "e.py").write_bytes(b" \n")
+    names = ["a.jsonl", "b.jsonl.gz", "c.txt", "d.md.gz", "e.py"]
+    meta = make_shards(tmp_path / "out", [tmp_path / name for name in names], val_fraction=0)
+    texts = ["one\n", "twö\0", "half ?", "three", "four", "line 1\r\nline 2 <|endoftext|>\n", "fünf"]
     assert all_tokens(tmp_path / "out", "train") == byte_documents(texts)
-    assert meta == pf.read_meta(str(tmp_path / "out")) and meta["tokenizer"] == "bytes" and meta["n_vocab"] == 257
-    assert meta["files"]["text_train_000000.bin"]["documents"] == 6
+    assert meta == pf.read_meta(str(tmp_path / "out")) and meta["tokenizer"] == "bytes"
     assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "text_train_000000.bin"]
-
-
-def test_rows_of_parquet_are_documents(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="no pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": ["one", None, "twö"]}), tmp_path / "a.parquet")
-    make_shards(tmp_path / "out", [tmp_path / "a.parquet"], val_fraction=0)
-    assert all_tokens(tmp_path / "out", "train") == byte_documents(["one", "twö"])
-    parquet.write_table(pyarrow.table({"txt": ["one"]}), tmp_path / "b.parquet")
-    (tmp_path / "c.parquet").write_bytes(b"PAR1, and then nothing")
-    for name, message in (("b", 'no column "text"'), ("c", "get it again")):
-        with refusal(f"{name}.parquet: damaged file .*{message}"):
-            make_shards(tmp_path / name, [tmp_path / f"{name}.parquet"])
-
-
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with refusal("pip install pyarrow"):
-        make_shards(tmp_path / "out", [tmp_path / "a.parquet"])
 
 
 def test_gpt2_shards_equal_tiktoken(tmp_path, gpt2):
     texts = ["Hello world", "<|endoftext|> is text here", "  spaces \n\n", "汉字 naïve", "lone \ud800 half", "nul \0 end"]
     make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer="gpt2", val_fraction=0)
-    expected = [token for text in texts for token in [50256, *gpt2.encode_ordinary(text)]]
+    expected = [token for text in texts for token in [50256, *gpt2.encode_ordinary(text.replace("\ud800", "?"))]]
     assert all_tokens(tmp_path / "out", "train") == expected
 
 
@@ -258,14 +239,13 @@ def test_single_text_holds_out_its_end_at_least_a_training_window(tmp_path, monk
     assert all_tokens(tmp_path / "out", "val") == [256, *tokens[-held_out:]]
 
 
-def test_held_out_part_shorter_than_a_window_is_refused_at_once_with_the_remedy(tmp_path, monkeypatch):
+def test_held_out_part_shorter_than_a_window_is_filled_up_from_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(pf, "WINDOW", 257)
-    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 99] * 20)
-    with refusal("only 100 of 2000 tokens .*--val_fraction"):
-        make_shards(tmp_path / "out", [path], val_fraction=0.05)
-    assert not (tmp_path / "out").exists()
-    make_shards(tmp_path / "out", [path], val_fraction=0.25)
-    assert len(all_tokens(tmp_path / "out", "val")) == 500
+    texts = ["x" * 99] * 19 + ["y" * 99]
+    make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], val_fraction=0.05)
+    train = byte_documents(texts[:19])
+    assert all_tokens(tmp_path / "out", "train") == train[:-257]
+    assert all_tokens(tmp_path / "out", "val") == [*byte_documents(texts[19:]), 256, *train[-257:]]
 
 
 def test_document_longer_than_a_shard_runs_over_into_the_next(tmp_path):
@@ -291,72 +271,30 @@ def test_only_a_few_documents_are_in_memory():
 
     def texts():
         for read[0] in range(1, 1001):
-            yield True, "abc"
+            yield "abc"
     ahead = [read[0] - n for n, _ in enumerate(pf.encode(texts(), pf.get_tokenizer("bytes"), 2))]
     assert len(ahead) == 1000 and max(ahead) == 128
 
 
-def whitespace_rich_text(rng, length):
-    parts = ["a", "bc", "7", "'s", ".", "!?", " ", "  ", "\n", "\t", "\r\n", "\u3000", "\xa0", "\x1c", "汉"]
-    return "".join(rng.choices(parts, k=length))
-
-
-def test_pieces_of_a_plain_text_join_to_it_and_split_where_a_token_must_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(pf, "PIECE", 50)
-    text = whitespace_rich_text(random.Random(0), 3000)
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    with open(tmp_path / "a.txt", "rb") as stream:
-        kinds, pieces = zip(*pf.read_text(stream))
-    assert "".join(pieces) == text and len(pieces) > 20 and kinds == ("start", *["more"] * (len(pieces) - 1))
-    for left, right in zip(pieces, pieces[1:]):
-        assert not left[-1].isspace() and right[0] in " \n"
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_plain_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch, gpt2, seed):
-    monkeypatch.setattr(pf, "PIECE", 20)
-    text = whitespace_rich_text(random.Random(seed), 2000)
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    make_shards(tmp_path / "out", [tmp_path / "a.txt"], tokenizer="gpt2", val_fraction=0)
-    assert all_tokens(tmp_path / "out", "train") == [50256, *gpt2.encode_ordinary(text)]
-
-
-def test_malformed_lines_are_counted_and_named_and_empty_documents_left_out(tmp_path, capsys):
-    lines = [b'{"text": "good"}', b"{", b'{"txt": "x"}', b'{"text": null}', b"[1]", b'{"text": ""}',
-             b'{"text": " \\n"}', b"[" * 100_000, b'{"text": "also good"}']
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    make_shards(tmp_path / "out", [tmp_path / "a.jsonl"], val_fraction=0, max_bad_lines=5)
-    assert all_tokens(tmp_path / "out", "train") == byte_documents(["good", "also good"])
-    out, err = capsys.readouterr()
-    assert "2 empty documents, 5 malformed lines" in out
-    assert re.findall(r'a.jsonl:(\d+): no JSON object with a string "text"; left out', err) == ["2", "3", "4", "5", "8"]
-
-
-def test_bytes_that_are_not_utf8_and_nul_are_kept_and_counted(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9 x"}\n{"text": "a\\u0000b"}\n'
-                                       b'{"text": "c\0d"}\n{"text": "\\ud800"}\n')
-    (tmp_path / "b.txt").write_bytes(b"caf\xe9 \0 end")
-    make_shards(tmp_path / "out", [tmp_path / "a.jsonl", tmp_path / "b.txt"], val_fraction=0)
-    texts = ["caf\ufffd x", "a\0b", "c\0d", "\ufffd", "caf\ufffd \0 end"]
-    assert all_tokens(tmp_path / "out", "train") == byte_documents(texts)
-    assert "5 documents with NUL or U+FFFD" in capsys.readouterr().out
-
-
 BAD_INPUT = {
-    "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-9], "a.jsonl.gz: damaged file"),
-    "not gzip": ("a.txt.gz", b"plain text", "a.txt.gz: damaged file"), "no text": ("a.txt", b" \n", "no text"),
-    "empty file": ("a.jsonl", b"", "no text"), "unknown kind": ("a.docx", b"x", "a.docx: unknown kind.*jsonl"),
-    "malformed lines": ("a.jsonl", b'{"text": "good"}\nbad\nbad\nbad\n', "a.jsonl:4: no JSON .*--max_bad_lines=2"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-9], "a.jsonl.gz: .*ended before"),
+    "not gzip": ("a.txt.gz", b"plain text", "a.txt.gz: .*gzip"), "no text": ("a.txt", b" \n", "no text"),
+    "empty file": ("a.jsonl", b"", "no text"), "binary": ("a.parquet", b"PAR1\x15\x84", "a.parquet: 'utf-8' codec"),
+    "latin-1": ("a.txt", b"caf\xe9", "a.txt: 'utf-8' codec can't decode byte 0xe9 in position 3"),
 }
+BAD_LINES = [b"{", b'{"txt": "x"}', b'{"text": null}', b'{"text": ["x"]}', b"[1]", b"7", b"[" * 100_000,
+             b'{"text": "caf\xe9' + b"x" * 1000 + b'"}']
+BAD_INPUT |= {line[:20]: ("a.jsonl", b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}',
+                          'a.jsonl: line 3 is no JSON object with a string "text"') for line in BAD_LINES}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_unusable_input_gives_one_line_and_leaves_nothing(tmp_path, case):
     name, content, message = BAD_INPUT[case]
     (tmp_path / name).write_bytes(content)
-    with refusal(message):
-        make_shards(tmp_path / "out", [tmp_path / name], max_bad_lines=2)
-    assert sorted(os.listdir(tmp_path)) == sorted([name, "out.lock"])
+    with refusal(message) as error:
+        make_shards(tmp_path / "out", [tmp_path / name])
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "out.lock"]) and len(str(error.value)) < 400
 
 
 def test_default_shards_are_the_standard_library_byte_for_byte(tmp_path, capsys):
@@ -376,28 +314,34 @@ def test_default_shards_are_the_standard_library_byte_for_byte(tmp_path, capsys)
 
 # ---- interrupted and concurrent runs ---------------------------------------------------------------------------------
 
-def inodes(folder):
-    return {name: os.stat(folder / name).st_ino for name in os.listdir(folder)}
-
-
-def test_same_command_again_does_nothing_and_another_is_refused(tmp_path, capsys):
-    path, out = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three"]), tmp_path / "out"
-    make_shards(out, [path])
-    before = inodes(out)
-    make_shards(f"{out}/", [path], workers=2)
-    assert "there already" in capsys.readouterr().out
-    with refusal("other files or settings; remove it or choose another --out"):
-        make_shards(out, [path], shard_tokens=50)
-    assert inodes(out) == before
-
-
 @pytest.mark.parametrize("name", ["x_train_000000.bin", "notes.txt"])
-def test_folder_of_unknown_origin_is_never_touched(tmp_path, name):
+def test_folder_that_is_there_is_never_touched(tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(GOOD_SHARD)
-    with refusal("choose another --out"):
+    with refusal("is there already; remove the folder or choose another --out"):
         make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", ["one"])])
     assert (tmp_path / "out" / name).read_bytes() == GOOD_SHARD and os.listdir(tmp_path / "out") == [name]
+
+
+def test_run_that_waits_for_another_takes_what_it_wrote(tmp_path):
+    path, out = write_jsonl(tmp_path / "a.jsonl", ["one", "two"]), tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", HOLD, out, "True"], stdout=subprocess.PIPE,
+                          cwd=os.path.dirname(pf.__file__)) as other:
+        other.stdout.readline()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(make_shards, out, [path], wait=True)
+            time.sleep(0.1)
+            assert not waiting.done()
+            shutil.copytree(make_folder(tmp_path / "other", "three"), out)
+            other.kill()
+            assert waiting.result(timeout=30) == pf.read_meta(str(out))
+    assert all_tokens(out, "train") == byte_documents(["three"])
+
+
+def make_folder(folder, *texts):
+    """A folder of shards of these texts."""
+    make_shards(folder, [write_jsonl(folder.with_suffix(".jsonl"), texts)], val_fraction=0)
+    return folder
 
 
 def test_folder_with_a_lost_shard_is_refused_by_everyone(tmp_path):
@@ -406,7 +350,7 @@ def test_folder_with_a_lost_shard_is_refused_by_everyone(tmp_path):
     (out / "text_train_000001.bin").unlink()
     with refusal("text_train_000001.bin is not there .*run the command"):
         pf.find_shards(str(out), "train")
-    with refusal("incomplete .*remove it"):
+    with refusal("is there already; remove the folder"):
         make_shards(out, [path], shard_tokens=500)
 
 
@@ -522,11 +466,12 @@ def test_too_little_memory_is_one_line(tmp_path, room, words):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("args, code, message", [
-    (["--shards=100"], 2, "--shards=100 is not in 0 .. 99"), (["--input", "x.txt"], 2, "--out=DIR"),
-    (["--workers=0"], 2, "--workers=0"), (["--val_fraction=1"], 2, "--val_fraction=1.0"), (["verfy"], 2, "verfy"),
-    (["--input=nowhere.txt", "--out=out"], 1, "nowhere.txt: no such file"),
-    (["--input=*.zzz", "--out=out"], 1, "*.zzz"),
-    (["--input=.", "--out=out"], 1, ".: no such file"), (["--input=a.txt", "--out=a.txt/sub"], 1, "a.txt"),
+    (["--shards=100"], 2, "--shards is 0 to 99"), (["--input", "x.txt"], 2, "--out=DIR"),
+    (["--workers=0"], 2, "--workers at least 1"), (["--val_fraction=1"], 2, "--val_fraction from 0 to below 1"),
+    (["--shard_tokens=1"], 2, "--shard_tokens 2 to"), (["verfy"], 2, "verfy"),
+    (["--input=nowhere.txt", "--out=out"], 1, "No such file or directory: 'nowhere.txt'"),
+    (["--input=*.zzz", "--out=out"], 1, "*.zzz"), (["--input=.", "--out=out"], 1, "Is a directory: '.'"),
+    (["--input=a.txt", "--out=a.txt/sub"], 1, "a.txt"),
     (["verify", "--out=nowhere"], 1, "no shards here"), (["--tokenizer=klingon"], 2, "klingon"),
 ])
 def test_wrong_command_lines_end_with_one_line_and_a_code(tmp_path, monkeypatch, capsys, args, code, message):
@@ -558,7 +503,7 @@ SPOIL = {
     "flipped bit": (flip_a_bit, "sha256"), "cut off": (lambda path: os.truncate(path, 2000), "488 tokens are due"),
     "removed": (lambda path: path.unlink(), "cannot be read"),
     "token outside the vocabulary": (lambda path: pf.write_shard(str(path), [256, 257]), "token 257"),
-    "another shard": (lambda path: pf.write_shard(str(path), [256, 1, 2]), "should be"),
+    "another shard": (lambda path: pf.write_shard(str(path), [256, 1, 2]), "'tokens': 3, .* where meta.json has"),
 }
 
 
@@ -571,7 +516,7 @@ def test_verify_names_the_bad_file_and_the_remedy(tmp_path, monkeypatch, capsys,
     spoil(out / "text_train_000001.bin")
     assert run_main(monkeypatch, "verify", f"--out={out}") == 1
     bad, = [line for line in capsys.readouterr().out.split("\n") if line.startswith("BAD")]
-    assert all(part in bad for part in ("text_train_000001.bin", message, "python prepare_fineweb.py"))
+    assert all(re.search(part, bad) for part in ("text_train_000001.bin", message, "python prepare_fineweb.py"))
 
 
 # ---- download, from a server on this machine that misbehaves ---------------------------------------------------------
@@ -581,6 +526,8 @@ FIRST = PAPER_FILES[0]
 
 
 def rest(body, start, **headers):
+    if start >= len(body):
+        return 416, {}, b""
     return 206, {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}", **headers}, body[start:]
 
 
@@ -591,7 +538,7 @@ def half(body, start):
 
 # what the server does: function of the file and of the byte asked for, to (status, headers, body)
 TROUBLE = {
-    "none": rest, "half": half, "drips": rest, "stalls": rest,
+    "none": rest, "half": half, "stalls": rest,
     "no_range": lambda body, start: (200, {}, body),
     "half_without_range": lambda body, start: (200, {"Content-Length": len(body)}, body[:len(body) // 2]),
     "half_without_length": lambda body, start: (200, {"Content-Length": ""}, body[:len(body) // 2]),
@@ -604,7 +551,6 @@ TROUBLE = {
     "error_500": lambda body, start: (500, {"Content-Type": "text/html"}, b"<html>oops</html>"),
     "web_page": lambda body, start: (200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>log in</html>"),
     "web_page_of_right_length": lambda body, start: (200, {}, (b"<html>" * len(body))[:len(body)]),
-    "other_content": lambda body, start: (200, {}, body[:-2] + b"\1\0"),
     "not_found": lambda body, start: (404, {}, b"nothing here"), "forbidden": lambda body, start: (403, {}, b"no"),
     "redirect_home": lambda body, start: (307, {"Location": "/other/path/NAME"}, b""),
     "redirect_away": lambda body, start: (302, {"Location": "ELSEWHERE/NAME"}, b""),
@@ -625,40 +571,37 @@ class Troubled(http.server.BaseHTTPRequestHandler):
         server.requests.append((name, dict(self.headers)))
         self.close_connection = True
         kind = server.trouble(name, sum(seen == name for seen, _ in server.requests))
+        kind = "not_found" if "//" in self.path or "%" in self.path else kind
         if kind == "dropped":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))     # RST
             return self.connection.close()
         start = int(self.headers["Range"][6:-1])
-        status, headers, body = server.listing if name == "main" else TROUBLE[kind](server.files[name], start)
+        status, headers, body = TROUBLE[kind](server.files[name], start)
         self.send_response(status)
         for header, value in {"Connection": "close", "Content-Length": len(body), **headers}.items():
             self.send_header(header, str(value).replace("NAME", name).replace("ELSEWHERE", server.elsewhere))
         self.end_headers()
-        size, pause = {"drips": (100, 0.01), "stalls": (30_000, 1)}.get(kind, server.pace)
+        size, pause = (30_000, 1) if kind == "stalls" else server.pace
         with contextlib.suppress(ConnectionError):
             for begin in range(0, len(body), size):
                 self.wfile.write(body[begin:begin + size])
                 time.sleep(pause)
 
 
-def listing_of(files, sign=1):
-    rows = [{"type": "file", "path": name, "size": sign * len(body), "oid": "0" * 40, "lfs": {
-        "oid": hashlib.sha256(body).hexdigest(), "size": sign * len(body)}} for name, body in files.items()]
-    return 200, {}, json.dumps([{"type": "file", "path": "README.md", "size": 5, "oid": "1" * 40}, *rows]).encode()
-
-
 @contextlib.contextmanager
 def serve(files):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Troubled)
     server.files, server.requests, server.pace, server.waits = files, [], (10_000, 0), []
-    server.trouble, server.listing, server.elsewhere = (lambda name, times: "none"), listing_of(files), ""
+    server.trouble, server.elsewhere = (lambda name, times: "none"), ""
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture
@@ -672,15 +615,15 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(pf, "published", lambda n: {name: len(files[name]) for name in PAPER_FILES[:n + 1]})
         monkeypatch.setattr(pf, "time", types.SimpleNamespace(sleep=server.waits.append, monotonic=time.monotonic))
         monkeypatch.setattr(pf, "BLOCK", 1 << 8)
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(pf, "HUB", server.url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield server
 
 
-def asked(hub, name="finewebedu"):
+def asked(hub):
     """The names, and the first bytes asked for, of the requests for files."""
-    return [(file, int(headers["Range"][6:-1])) for file, headers in hub.requests if file.startswith(name)]
+    return [(file, int(headers["Range"][6:-1])) for file, headers in hub.requests]
 
 
 def test_download_brings_the_published_bytes_and_what_is_there_stays(tmp_path, hub, monkeypatch, capsys):
@@ -689,15 +632,39 @@ def test_download_brings_the_published_bytes_and_what_is_there_stays(tmp_path, h
         assert run_main(monkeypatch, f"--shards={shards}", f"--out={out}") is None
         assert shard_bytes(out) == {name: hub.files[name] for name in sorted(PAPER_FILES[:shards + 1])}
         assert sorted(pf.read_meta(str(out))["files"]) == sorted(PAPER_FILES[:shards + 1])
-    assert sorted(asked(hub)) == [(name, 0) for name in sorted(PAPER_FILES)]
+    assert asked(hub) == [(name, 0) for name in PAPER_FILES]
     assert sorted(os.listdir(out)) == sorted(["meta.json", *PAPER_FILES])
     assert pf.verify(str(out)) == 0 and pf.read_meta(str(out))["tokenizer"] == "gpt2"
     assert f"next: python train.py --data={out}" in capsys.readouterr().out
+    flip_a_bit(out / FIRST)
+    assert pf.verify(str(out)) == 1                                             # by the checksum taken on arrival
+
+
+def test_progress_counts_all_that_was_lacking_together(tmp_path, hub, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FIRST).write_bytes(hub.files[FIRST])
+    (tmp_path / "out" / f"{PAPER_FILES[1]}.part").write_bytes(hub.files[PAPER_FILES[1]][:50_000])
+    seen = []
+
+    class Recorder(pf.Progress):
+        def __init__(self, what, total, unit, done=0):
+            self.bytes = round(1e6 * done), round(1e6 * total)
+
+        def update(self, done, note):
+            seen.append((*self.bytes, round(1e6 * done), note))
+
+        def end(self):
+            pass
+    monkeypatch.setattr(pf, "Progress", Recorder)
+    pf.download_shards(str(tmp_path / "out"), 2)
+    first, total, done, notes = zip(*seen)
+    assert set(first) == {50_000} and set(total) == {2 * len(hub.files[FIRST])}
+    assert done == tuple(sorted(done)) and 50_000 < done[0] < 51_000 and done[-1] == total[0]
+    assert [notes[0], notes[-1]] == [f", {name}" for name in PAPER_FILES[1:]]
 
 
 PASSING = ["half", "half_without_range", "half_without_length", "dropped", "length_too_small", "length_too_large",
-           "length_is_no_number", "busy", "error_500", "web_page", "web_page_of_right_length", "other_content",
-           "redirect_home", "no_range"]
+           "length_is_no_number", "busy", "error_500", "web_page", "redirect_home", "no_range"]
 
 
 @pytest.mark.parametrize("trouble", PASSING)
@@ -709,10 +676,9 @@ def test_trouble_that_passes_is_overcome(tmp_path, hub, trouble):
 
 
 LASTING = {"dropped": "no connection, or a lost one", "length_too_small": "the server offers",
-           "length_too_large": "the server offers", "error_500": "HTTP 500; given up after try 8 of 8",
-           "web_page": "a web page came", "web_page_of_right_length": "not the published file",
-           "other_content": "not the published file .*given up after try 8 of 8", "not_found": "HTTP 404",
-           "forbidden": "HTTP 403; set HF_TOKEN", "busy_for_a_day": "asks to wait 86400 s; given up after try 1 of 8",
+           "length_too_large": "the server offers", "error_500": "HTTP 500, .*given up after try 8 of 8",
+           "web_page": "a web page came", "not_found": "HTTP 404; given up after try 1 of 8",
+           "forbidden": "HTTP 403; set HF_TOKEN", "busy_for_a_day": "Retry-After: 86400; given up after try 1 of 8",
            "redirect_in_a_circle": "TooManyRedirects", "redirect_to_nonsense": "InvalidURL",
            "half_without_range": "the connection ended at byte|a lost one"}
 
@@ -720,9 +686,9 @@ LASTING = {"dropped": "no connection, or a lost one", "length_too_small": "the s
 @pytest.mark.parametrize("trouble", LASTING)
 def test_trouble_that_lasts_is_one_true_line_and_no_file_under_a_final_name(tmp_path, hub, trouble):
     hub.trouble = lambda name, times: trouble if name == PAPER_FILES[1] else "none"
-    with refusal(rf"{PAPER_FILES[1]}: .*{LASTING[trouble]}") as error:
+    with refusal(rf"{PAPER_FILES[1]}: .*{LASTING[trouble]}"):
         pf.download_shards(str(tmp_path / "out"), 2)
-    assert PAPER_FILES[1] not in os.listdir(tmp_path / "out") and "kept" not in str(error.value)
+    assert PAPER_FILES[1] not in os.listdir(tmp_path / "out")
     hub.trouble = lambda name, times: "none"
     pf.download_shards(str(tmp_path / "out"), 2)
     assert shard_bytes(tmp_path / "out") == hub.files
@@ -736,33 +702,30 @@ def test_lost_connection_goes_on_where_it_ended(tmp_path, hub):
     assert len(starts) == 12 and starts == sorted(starts) and len(set(starts)) >= 8
 
 
-@pytest.mark.parametrize("trouble, message", [("drips", "bytes came in 0 s"), ("stalls", "a lost one"),
+@pytest.mark.parametrize("trouble, message", [("stalls", "a lost one"),
                                               ("half_without_length", "ended at byte 100512 of 201024")])
-def test_connection_that_drips_stalls_or_ends_is_begun_anew_and_goes_on_where_it_was(tmp_path, hub, monkeypatch, capsys, trouble, message):
-    monkeypatch.setattr(pf, "SLOW_SECONDS", 0.2)
+def test_connection_that_stalls_or_ends_goes_on_where_it_was(tmp_path, hub, monkeypatch, capsys, trouble, message):
     monkeypatch.setattr(pf, "TIMEOUT", (5, 0.2))
     hub.trouble = lambda name, times: trouble if times == 1 else "none"
     pf.download_shards(str(tmp_path / "out"), 0)
     assert shard_bytes(tmp_path / "out") == {FIRST: hub.files[FIRST]} and message in capsys.readouterr().err
     (_, first), (_, second) = asked(hub)
-    assert first == 0 < second < 100_512
+    assert first == 0 < second <= 100_512
 
 
-def test_bytes_from_another_place_never_enter_a_file_even_without_a_checksum(tmp_path, hub):
-    hub.listing = 404, {}, b""
+def test_bytes_from_another_place_never_enter_a_file(tmp_path, hub):
     hub.trouble = lambda name, times: "half" if times == 1 else "wrong_place"
     with refusal("the server offers .*bytes 0-"):
         pf.download_shards(str(tmp_path / "out"), 0)
     assert shard_bytes(tmp_path / "out") == {}
 
 
-def test_left_over_part_file_is_continued_and_a_spoilt_one_begun_anew(tmp_path, hub):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name, left in zip(PAPER_FILES, (hub.files[FIRST][:30_000], b"\0" * 30_000, b"\0" * 300_000)):
-        (out / f"{name}.part").write_bytes(left)                                # good; wrong; longer than the file
-    pf.download_shards(str(out), 2)
-    assert shard_bytes(out) == hub.files and asked(hub, FIRST) == [(FIRST, 29_999)]
+@pytest.mark.parametrize("left, starts", [(30_000, [30_000]), (201_024, [201_024, 0]), (300_000, [300_000, 0])])
+def test_left_over_part_file_is_continued_and_one_no_shorter_than_the_file_begun_anew(tmp_path, hub, left, starts):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{FIRST}.part").write_bytes((hub.files[FIRST] + b"\0" * 300_000)[:left])
+    pf.download_shards(str(tmp_path / "out"), 0)
+    assert shard_bytes(tmp_path / "out") == {FIRST: hub.files[FIRST]} and asked(hub) == [(FIRST, at) for at in starts]
 
 
 @pytest.mark.parametrize("trouble, waits", [("error_500", [1, 2, 4, 8, 16, 32, 60]),
@@ -783,33 +746,19 @@ def test_download_of_any_file_reports_progress_and_checks_what_is_known_of_it(tm
     pf.download(url, str(tmp_path / "new" / "x"), progress=seen.append)
     assert (tmp_path / "new" / "x").read_bytes() == body and os.listdir(tmp_path / "new") == ["x"]
     assert seen == sorted(seen) and seen[-1] == len(body) and len(seen) > 100
-    for known in (dict(size=len(body) + 1), dict(sha256="0" * 64)):
-        with refusal("y: .*given up after try 2 of 2"):
-            pf.download(url, str(tmp_path / "new" / "y"), tries=2, **known)
-    assert "y" not in os.listdir(tmp_path / "new")
+    with refusal("y: .*given up after try 2 of 2"):
+        pf.download(url, str(tmp_path / "new" / "y"), len(body) + 1, tries=2)
+    assert os.listdir(tmp_path / "new") == ["x"]
 
 
-LISTINGS = {"404": lambda files: (404, {}, b""), "503": lambda files: (503, {}, b""),
-            "no JSON": lambda files: (200, {}, b"{"), "error": lambda files: (200, {}, b'{"error": 1}'),
-            "negative sizes": lambda files: listing_of(files, sign=-1)}
-
-
-@pytest.mark.parametrize("case", LISTINGS)
-def test_download_works_without_a_good_list_of_checksums(tmp_path, hub, capsys, case):
-    out, hub.listing = tmp_path / "out", LISTINGS[case](hub.files)
-    pf.download_shards(str(out), 2)
-    assert shard_bytes(out) == hub.files
-    assert ("no list of checksums" in capsys.readouterr().err) == (case != "negative sizes")
-    flip_a_bit(out / FIRST)
-    assert pf.verify(str(out)) == 1                                             # by the checksum taken on arrival
-
-
-def test_what_is_no_shard_gets_no_name_even_without_the_list_of_checksums(tmp_path, hub):
-    hub.listing = 404, {}, b""
-    hub.trouble = lambda name, times: "web_page_of_right_length"
-    with refusal(f"{FIRST}: is no shard"):
-        pf.download_shards(str(tmp_path / "out"), 0)
-    assert shard_bytes(tmp_path / "out") == {}
+def test_what_came_and_is_no_shard_is_refused_until_it_is_removed(tmp_path, hub):
+    out, hub.trouble = tmp_path / "out", lambda name, times: "web_page_of_right_length" if times == 1 else "none"
+    for _ in range(2):
+        with refusal(f"{FIRST}: is no shard .*remove it and run the command"):
+            pf.download_shards(str(out), 0)
+    (out / FIRST).unlink()
+    pf.download_shards(str(out), 0)
+    assert shard_bytes(out) == {FIRST: hub.files[FIRST]} and len(asked(hub)) == 2
 
 
 def test_published_sizes_are_the_paper_s():
@@ -825,60 +774,59 @@ SECRET = "hf_thisIsASecret123"
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])                    # another port, and another name too
 def test_token_goes_to_the_endpoint_and_never_into_a_redirect_elsewhere(tmp_path, hub, monkeypatch, capsys, host):
     monkeypatch.setenv("HF_TOKEN", f" {SECRET}\n")
-    hub.trouble = lambda name, times: "none" if name == "main" else "redirect_away"
+    hub.trouble = lambda name, times: "redirect_away"
     with serve(hub.files) as other:
         hub.elsewhere = other.url.replace("127.0.0.1", host)
         pf.download_shards(str(tmp_path / "out"), 2)
         pf.download(f"{other.url}/{FIRST}", str(tmp_path / "x"))
         assert shard_bytes(tmp_path / "out") == hub.files and len(other.requests) == 4
         assert not any("Authorization" in headers for _, headers in other.requests)
-    assert all(headers["Authorization"] == f"Bearer {SECRET}" for _, headers in hub.requests)
+    assert [headers["Authorization"] for _, headers in hub.requests] == [f"Bearer {SECRET}"] * 3
     assert SECRET not in "".join(capsys.readouterr())
 
 
-def test_token_follows_a_redirect_within_the_endpoint_and_yields_to_no_netrc(tmp_path, hub, monkeypatch):
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else\n")
+@pytest.mark.parametrize("netrc, trouble", [("machine 127.0.0.1 login someone password else\n", "none"),
+                                            ("", "redirect_home")])
+def test_token_follows_a_redirect_within_the_endpoint_and_beats_netrc(tmp_path, hub, monkeypatch, netrc, trouble):
+    (tmp_path / "netrc").write_text(netrc)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    hub.trouble = lambda name, times: "redirect_home" if times == 1 and name != "main" else "none"
+    hub.trouble = lambda name, times: trouble if times == 1 else "none"
     pf.download_shards(str(tmp_path / "out"), 2)
-    assert {headers["Authorization"] for _, headers in hub.requests} == {f"Bearer {SECRET}"} and len(hub.requests) == 7
+    assert {headers["Authorization"] for _, headers in hub.requests} == {f"Bearer {SECRET}"}
+    assert len(hub.requests) == (3 if trouble == "none" else 6)
 
 
 @pytest.mark.parametrize("name, value", [("HF_TOKEN", f"{SECRET}\nX-Header: 1"), ("HF_TOKEN", f"{SECRET}汉"),
                                          ("HF_ENDPOINT", "huggingface.co"), ("HF_ENDPOINT", "file:///etc")])
 def test_unusable_settings_are_refused_without_showing_the_token(tmp_path, hub, monkeypatch, capsys, name, value):
-    monkeypatch.setenv(name, value)
+    monkeypatch.setenv(name, value) if name == "HF_TOKEN" else monkeypatch.setattr(pf, "HUB", value)
     with refusal(name) as error:
         pf.download_shards(str(tmp_path / "out"), 2)
     assert SECRET not in str(error.value) + "".join(capsys.readouterr()) and hub.requests == [] and hub.waits == []
 
 
-def test_full_disk_is_noticed_before_the_first_byte(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=100_000))
-    with refusal("GB are free"):
-        pf.download_shards(str(tmp_path / "out"), 2)
-    assert asked(hub) == []
-
-
 def test_download_leaves_shards_of_your_own_text_alone(tmp_path, hub):
     make_shards(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", ["one", "two"])])
     before = shard_bytes(tmp_path / "out")
-    with refusal("your own text"):
+    with refusal("holds other shards; choose another --out"):
         pf.download_shards(str(tmp_path / "out"), 2)
     assert shard_bytes(tmp_path / "out") == before and hub.requests == []
 
 
-def test_shard_of_wrong_length_is_brought_again_and_one_of_right_length_is_left_to_verify(tmp_path, hub):
+def test_shard_of_wrong_length_is_brought_again_and_one_that_came_by_other_means_is_examined(tmp_path, hub):
     out = tmp_path / "out"
     out.mkdir()
-    for name, body in hub.files.items():                                        # they came by other means
+    for name, body in hub.files.items():
         (out / name).write_bytes(body)
-    flip_a_bit(out / PAPER_FILES[1])
     os.truncate(out / PAPER_FILES[2], 5000)
+    pf.write_meta(str(out), {"tokenizer": "gpt2", "files": {PAPER_FILES[2]: {"tokens": 1, "sha256": "an older one"}}})
     pf.download_shards(str(out), 2)
-    assert asked(hub) == [(PAPER_FILES[2], 0)] and pf.verify(str(out)) == 1     # by the hub's checksum
-    assert {name for name, body in shard_bytes(out).items() if body == hub.files[name]} == {FIRST, PAPER_FILES[2]}
+    assert asked(hub) == [(PAPER_FILES[2], 0)] and shard_bytes(out) == hub.files and pf.verify(str(out)) == 0
+    (out / "meta.json").unlink()
+    pf.write_shard(str(out / FIRST), [50257] * 100_000)
+    with refusal(f"{FIRST}: token 50257 is not in the vocabulary"):
+        pf.download_shards(str(out), 2)
 
 
 DOWNLOAD = ("import json, sys; sys.path.insert(0, sys.argv.pop(1)); import prepare_fineweb as pf; pf.BLOCK = 256\n"
@@ -886,8 +834,9 @@ DOWNLOAD = ("import json, sys; sys.path.insert(0, sys.argv.pop(1)); import prepa
 
 
 @pytest.mark.slow
-def test_kill_9_while_downloading_then_the_same_command_gives_the_published_bytes(tmp_path, hub):
+def test_kill_9_while_downloading_then_the_same_command_gives_the_published_bytes(tmp_path, hub, monkeypatch):
     out, rng, hub.pace = tmp_path / "out", random.Random(1), (70_000, 0.3)
+    monkeypatch.setenv("HF_ENDPOINT", f" {hub.url}/ ")
     sizes = json.dumps({name: len(body) for name, body in hub.files.items()})
     command = "-c", DOWNLOAD, os.path.dirname(pf.__file__), sizes, f"--out={out}"
     for _ in range(3):

@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import analysis
 import perplexity
+import prepare_fineweb
 import released
 from model import ExoFormer, load_checkpoint, variant_config, variant_name
 from prepare_fineweb import UserError, write_meta, write_shard
@@ -113,6 +114,11 @@ def server(release, tmp_path):
     web.server_close()
 
 
+def take_as_hub(monkeypatch, url):
+    for module in (prepare_fineweb, released):
+        monkeypatch.setattr(module, "HUB", url)
+
+
 def test_download_resumes_and_keeps_the_token_at_home(server, release, tmp_path, monkeypatch):
     """A broken download goes on where it stopped; the hub's token goes to the hub alone; nothing is fetched twice."""
     url, seen = server
@@ -121,14 +127,14 @@ def test_download_resumes_and_keeps_the_token_at_home(server, release, tmp_path,
     assert pathlib.Path(path).read_bytes() == (release / "theirs.pt").read_bytes()
     assert seen[0] == ("/files/a.pt?key=1", 0, None) and seen[1][1] > 0 and seen[1][2] is None and len(seen) == 2
     assert released.fetch(f"{url}/files/a.pt?key=1", None, str(tmp_path)) == path and len(seen) == 2
-    monkeypatch.setenv("HF_ENDPOINT", url)
+    take_as_hub(monkeypatch, url)
     released.fetch("somebody/models", "b.pt", str(tmp_path))
     assert seen[2] == ("/somebody/models/resolve/main/b.pt", 0, "Bearer secret")
 
 
 def test_files_of_one_name_from_two_places_are_two_files(server, tmp_path, monkeypatch):
     """All of the paper's models may be called ckpt_step:38146.pt; none must be taken for another, nor lead outside."""
-    monkeypatch.setenv("HF_ENDPOINT", server[0])
+    take_as_hub(monkeypatch, server[0])
     sources = [("somebody/one", "../a:1.pt"), ("somebody/two", "../a:1.pt"), (f"{server[0]}/x/a:1.pt", None)]
     paths = [released.fetch(*source, str(tmp_path)) for source in sources]
     host = server[0].removeprefix("http://")
