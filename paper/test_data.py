@@ -511,6 +511,10 @@ SPOIL = {
 def test_verify_names_the_bad_file_and_the_remedy(tmp_path, monkeypatch, capsys, how):
     path, out = write_jsonl(tmp_path / "a.jsonl", word_texts(20, 100)), tmp_path / "out"
     make_shards(out, [path], shard_tokens=2000)
+    meta = pf.read_meta(str(out))
+    for known in meta["files"].values():
+        known["documents"] = known.pop("tokens")                 # an earlier version knew other things of a file
+    pf.write_meta(str(out), meta)
     assert pf.verify(str(out)) == 0 and "BAD" not in capsys.readouterr().out
     spoil, message = SPOIL[how]
     spoil(out / "text_train_000001.bin")
@@ -720,8 +724,8 @@ def test_bytes_from_another_place_never_enter_a_file(tmp_path, hub):
     assert shard_bytes(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("left, starts", [(30_000, [30_000]), (201_024, [201_024, 0]), (300_000, [300_000, 0])])
-def test_left_over_part_file_is_continued_and_one_no_shorter_than_the_file_begun_anew(tmp_path, hub, left, starts):
+@pytest.mark.parametrize("left, starts", [(30_000, [30_000]), (201_024, []), (300_000, [300_000, 0])])
+def test_left_over_part_file_is_continued_or_complete_and_one_too_long_is_begun_anew(tmp_path, hub, left, starts):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / f"{FIRST}.part").write_bytes((hub.files[FIRST] + b"\0" * 300_000)[:left])
     pf.download_shards(str(tmp_path / "out"), 0)
