@@ -320,6 +320,10 @@ def main():
                         help="folder for the pictures (default: out/figures)")
     args = parser.parse_args()
     records = [read_record(path) for path in args.records]
+    labels = [record["label"] for record in records]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"two files have the label {twice[0]}, so one's pictures would replace the other's: rename a "
+                        "run folder and run table2.py again")
     os.makedirs(args.out, exist_ok=True)
     for path in draw(records, args.out):
         print(f"wrote {path}", flush=True)

@@ -51,7 +51,8 @@ def main():
     model = load_checkpoint(args.ckpt, device).eval()
     windows, eot = validation_windows(args.data, model.config, args.windows), get_tokenizer(model.config.tokenizer).eot
     value, name = perplexity(model, windows, eot, dtype, masked), variant_name(model.config)
-    beside = " (the paper's {} M model: {:.2f} over 100M GPT-2 tokens)".format(*TABLE_3[name]) if name in TABLE_3 else ""
+    millions, paper, _ = TABLE_3.get(name, (0, 0, 0))
+    beside = f" (the paper's {millions} M model: {paper:.2f} over 100M GPT-2 tokens)" if millions else ""
     print(f"{args.ckpt}: {name}\n"
           f"perplexity  {value:.4f} over {len(windows):,} windows of {windows.shape[1] - 1} validation tokens, "
           f"cross-entropy alone, documents {'masked' if masked else 'not masked'}, {dtype}{beside}")
