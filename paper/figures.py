@@ -215,14 +215,15 @@ def draw_layers(records, styles, path):
     return page.finish(path)
 
 
-def draw_by_letter(records, styles, measure, level, words, title, path):
-    """A panel for each letter and in it measure(record, s), (layers,), of each record that mixes it with an anchor;
-    `level` is the line where anchor and layer weigh the same."""
+def draw_by_letter(records, styles, key, measure, level, words, title, path):
+    """A panel for each letter and in it measure(its table in record[key]), (layers,), of each record that mixes it with
+    an anchor; `level` is the line where anchor and layer weigh the same."""
     page = Page(2, 2, title)
     for axes, (s, name) in zip(page.axes, NAMES.items()):
         for record, style in zip(records, styles):
             if s in mixed_letters(record):
-                page.line(axes, record["lambdas"][s]["layers"], measure(record, s), record["label"], style)
+                table = record[key][s]
+                page.line(axes, table["layers"], measure(table), record["label"], style)
         if axes.lines and max(np.abs(line.get_ydata()).max() for line in axes.lines) > 4:
             axes.set_yscale("symlog", linthresh=2)             # a lambda2 near zero would flatten all the rest
         axes.axhline(level, color="black", linewidth=0.8)
@@ -233,16 +234,6 @@ def draw_by_letter(records, styles, measure, level, words, title, path):
 def mixed_letters(record):
     """The letters whose lambdas say something: none where the anchor is removed."""
     return [] if record["ablate_anchor"] else list(record["lambdas"])
-
-
-def median_ratio(record, s):
-    """Median of lambda_1 / lambda_2 over the channels of each layer."""
-    return np.median(ratio(record["lambdas"][s]), axis=(1, 2))
-
-
-def share_by_layer(record, s):
-    """The anchor's share of the norms, of each layer."""
-    return anchor_share(record["anchor_use"][s])
 
 
 # ------------------------------------------------------------------------------ pictures of one checkpoint, mostly maps
@@ -301,10 +292,10 @@ def draw(records, folder):
     if any("gate_mean" in record["by_layer"] for record in records):
         yield draw_by_layer(records, styles, GATES, "Gates", path("gates"))
     if any(map(mixed_letters, records)):
-        yield draw_by_letter(records, styles, median_ratio, 1, RATIO, f"Median over channels of {RATIO}",
-                             path("lambda_ratio"))
-        yield draw_by_letter(records, styles, share_by_layer, 0.5, "anchor's share", f"Anchor's share of {TERMS}",
-                             path("anchor_use"))
+        yield draw_by_letter(records, styles, "lambdas", lambda table: np.median(ratio(table), axis=(1, 2)), 1, RATIO,
+                             f"Median over channels of {RATIO}", path("lambda_ratio"))
+        yield draw_by_letter(records, styles, "anchor_use", anchor_share, 0.5, "anchor's share",
+                             f"Anchor's share of {TERMS}", path("anchor_use"))
     for record in records:
         yield draw_similarity(record, path(f"similarity_{record['label']}"))
         if mixed_letters(record):

@@ -22,8 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from model import (TABLE_3, ExoFormer, count_parameters, read_checkpoint, released_names, save_checkpoint,
-                   translate_released, variant_name)
+from model import TABLE_3, ExoFormer, count_parameters, read_checkpoint, save_checkpoint, variant_name
 from prepare_fineweb import UserError, command_line, download, hub, locked
 
 
@@ -45,18 +44,6 @@ def fetch(source, name, folder):
     return path
 
 
-class Watched(dict):
-    """A state dict that remembers which of its tensors were asked for."""
-
-    def __init__(self, tensors):
-        super().__init__(tensors)
-        self.used = set()
-
-    def __getitem__(self, key):
-        self.used.add(key)
-        return super().__getitem__(key)
-
-
 def load(path, n_head=None, anchor_norm=None):
     """(checkpoint dict, model) of a released file. UserError when it is none."""
     checkpoint = read_checkpoint(path)
@@ -68,25 +55,16 @@ def load(path, n_head=None, anchor_norm=None):
     return checkpoint, ExoFormer.from_released(state, n_head=n_head, anchor_norm=anchor_norm, **settings).eval()
 
 
-def unused_tensors(checkpoint, model):
-    """Names of the tensors that the model took nothing from: the released forward pass never reads them either."""
-    state = Watched(released_names(checkpoint.get("model", checkpoint)))
-    translate_released(state, model.state_dict(), model.config)
-    return sorted(set(state) - state.used)
-
-
 def describe(path, checkpoint, model):
     """Print what the file holds."""
-    config, name, unused = model.config, variant_name(model.config), unused_tensors(checkpoint, model)
+    config, name = model.config, variant_name(model.config)
     millions = f"; Table 3 prints {TABLE_3[name][0]} M" if name in TABLE_3 else ""
-    named = ", ".join(unused[:6]) + " ..." * (len(unused) > 6)
     axes = ("gate", "anchor", "mix", "anchor_norm", "granularity", "dynamic")
     print(f"file        {path}, {os.path.getsize(path):,} bytes, step {checkpoint.get('step', 'unknown')}\n"
           f"variant     {name}, by its keys: {', '.join(f'{axis}={vars(config)[axis]!r}' for axis in axes)}\n"
           f"size        {config.n_layer} layers, C {config.n_embd}, {config.n_head} heads, "
           f"context {config.block_size}, vocabulary {config.vocab_size:,}\n"
           f"parameters  {count_parameters(model):,}{millions}\n"
-          f"ignored     {len(unused)} tensors that the released forward pass never reads: {named}\n"
           "verified    against the released code on small random weights; never against released weights, which nobody "
           "here had")
 

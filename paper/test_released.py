@@ -35,18 +35,6 @@ def release(tmp_path_factory, write_data):
     return root
 
 
-def test_unused_tensors_are_those_that_change_nothing(release):
-    """The names reported as ignored are exactly those whose destruction leaves the loaded model as it was."""
-    checkpoint, model = released.load(str(release / "theirs.pt"))
-    weights, changes = checkpoint["model"], {}
-    for key in weights:
-        spoiled = ExoFormer.from_released({**weights, key: weights[key] + 1}, block_size=24)
-        same = all(torch.equal(a, b) for a, b in zip(spoiled.state_dict().values(), model.state_dict().values()))
-        changes[key.removeprefix("_orig_mod.")] = not same
-    assert released.unused_tensors(checkpoint, model) == sorted(key for key, changed in changes.items() if not changed)
-    assert changes["transformer.layers.0.attn.v_norm.weight"] and not changes["transformer.layers.1.attn.v_norm.weight"]
-
-
 def test_perplexity_is_the_models_own_loss(release):
     """exp of the model's own loss over all windows at once; masked, attention stays within documents."""
     _, model = released.load(str(release / "theirs.pt"))
@@ -68,7 +56,7 @@ def test_saved_model_is_the_released_one(release, call, capsys, tmp_path):
     printed = capsys.readouterr().out
     ours, (_, theirs) = load_checkpoint(str(saved)), released.load(str(release / "theirs.pt"))
     assert torch.equal(ours(GOLDEN["idx"]), theirs(GOLDEN["idx"])) and ours.config == theirs.config
-    for words in ("nuresformer, by its keys", "never against released weights", "2 tensors that"):
+    for words in ("nuresformer, by its keys", "never against released weights"):
         assert words in printed
     for path, problem in ((release / "theirs.pt", "is there already"), ("nosuch.pt", "no such file"),
                           (saved, "own format already")):
