@@ -557,6 +557,10 @@ def test_every_picture_is_drawn_and_labelled(records, pages, tmp_path):
     assert {pathlib.Path(path).read_bytes()[:4] for path in paths} == {b"\x89PNG"}
     assert sorted(pages) == sorted(["by_layer", "layers", "gates", "lambda_ratio", "anchor_use", "lambda_map_odd",
                                     "gamma_cut", "similarity_base", "similarity_odd", "similarity_cut"])
+    base, odd, _ = records
+    assert pages["by_layer"].axes[2].lines[0].get_ydata().tolist() == base["by_layer"]["token_similarity"]
+    shown = pages["lambda_map_odd"].axes[1].images[0].get_array()
+    np.testing.assert_array_equal(shown, analysis.ratio(odd["lambdas"]["k"]).reshape(3, 1))
     for page in pages.values():
         panels = [axes for axes in page.axes if axes.axison]
         assert all(axes.get_xlabel() and axes.get_ylabel() and (axes.lines or axes.images) for axes in panels)

@@ -60,15 +60,6 @@ def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_pa
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("cpu, dtype, muon_dtype, said", [
-    ("AVX2", "auto", "auto", False), ("AVX2", "bfloat16", "auto", True), ("AVX2", "auto", "bfloat16", True),
-    ("AVX512_BF16", "bfloat16", "bfloat16", False)])
-def test_bfloat16_on_a_cpu_without_it_says_what_it_costs(cpu, dtype, muon_dtype, said, monkeypatch, capsys):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
-    T.resolve(dict(device="cpu", dtype=dtype, muon_dtype=muon_dtype))
-    assert ("250 times as long" in capsys.readouterr().out) == said
-
-
 def run_main(*flags, stop=Quiet):
     """train.py's main() as the command line runs it: its exit code, or the message that it exits with."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as error:
@@ -400,22 +391,6 @@ def test_one_graph_and_no_recompilation(variant):
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
-def test_compiler_computes_an_internal_anchor_once():
-    from torch._dynamo.backends.common import aot_autograd
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    products = {}
-    for variant in ("gated", "nuresformer"):
-        torch._dynamo.reset()
-        graphs = []
-        backend = aot_autograd(fw_compiler=lambda graph, _: graphs.append(graph) or make_boxed_func(graph.forward),
-                               partition_fn=min_cut_rematerialization_partition)
-        torch.compile(tiny(variant, n_layer=2).loss, backend=backend, fullgraph=True)(tokens(2, 24), tokens(2, 24))
-        product = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        products[variant] = sum(node.target in product for node in graphs[0].graph.nodes)
-    assert products["nuresformer"] == products["gated"] == 2 * 4 + 1
-
-
 # ------------------------------------------------------------------------------------------------------- many processes
 
 @pytest.mark.slow
@@ -436,17 +411,3 @@ def test_three_processes_train_like_one_and_sigterm_saves_once(data, tmp_path):
         assert all(abs(a[key] - b[key]) < 1e-5 for key in ("loss", "val_loss") if key in a)
     for (name, p), q in zip(weights(tmp_path / "one", 20).items(), weights(folder, 20).values()):
         torch.testing.assert_close(p, q, atol=2e-4, rtol=0, msg=name)
-
-
-@pytest.mark.slow
-def test_a_dead_process_ends_the_job_and_the_run_resumes(data, tmp_path):
-    folder = tmp_path / "a"
-    process = launch_ranks(2, folder, *SMALL, *ENDLESS, f"--data={data}", "--save_every=5", *FAST_START)
-    wait_for(lambda: folder.exists() and len(list(folder.glob("ckpt_*.pt"))) > 2)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    began = time.monotonic()
-    process.communicate(timeout=90)
-    assert process.returncode != 0 and time.monotonic() - began < 60
-    step = int(newest_of(folder)[5:-3])
-    assert resume(folder, stop_after=step + 2).step == step + 2 and newest_of(folder) == f"ckpt_{step + 2:06d}.pt"

@@ -5,16 +5,19 @@ import json
 import math
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+import eval_hellaswag
 import six_tasks
 from model import TABLE_3, ExoFormer, variant_config
 from prepare_fineweb import UserError, get_tokenizer
 from six_tasks import TASK_ACCURACY
 
+SAMPLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "testdata", "hellaswag_sample.jsonl")
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval")
 SMALL = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=320, block_size=16, tokenizer="bytes")
 
@@ -159,6 +162,21 @@ def test_examples_are_those_that_lm_eval_draws_with_its_seed(items, monkeypatch)
         prompt = f"{shots}Question: {row['question']['stem']}\nAnswer:"
         expected += [(prompt, f" {choice['text']}") for choice in row["question"]["choices"]]
     assert [tuple(map(tokenizer.decode, row)) for row in asked] == expected
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("shots", [0, 5])
+def test_eval_hellaswag_asks_what_lm_eval_asks(shots, tmp_path, monkeypatch):
+    """The same contexts with the same examples, the same endings, cut apart at the same place: in bytes, 40 items."""
+    os.mkdir(tmp_path / "hellaswag")
+    for split in ("train", "val"):
+        shutil.copy(SAMPLE, tmp_path / f"hellaswag/hellaswag_{split}.jsonl")
+    asked = []
+    monkeypatch.setattr(six_tasks, "score_rows", lambda _, rows, *__: asked.extend(rows) or [0.0] * len(rows))
+    monkeypatch.setattr(eval_hellaswag, "get_tokenizer", lambda name: get_tokenizer("bytes"))
+    six_tasks.evaluate(random_model(), ["hellaswag"], shots, None, str(tmp_path))
+    items = eval_hellaswag.load_items(SAMPLE, shots, train=SAMPLE)
+    assert len(items) == 40 and asked == [(item.context, ending) for item in items for ending in item.endings]
 
 
 def results_of(values, shots=5):
