@@ -91,14 +91,8 @@ def attention_weights(attn, proj, at):
     hidden = ~at.dense_mask()
     q, k = (at.rotate(norm(proj[s]))[0].transpose(0, 1).float() for s, norm in (("q", attn.q_norm), ("k", attn.k_norm)))
     for q_head, k_head in zip(q, k):                                                                    # (T, D) each
-        with torch.autocast(q.device.type, enabled=False):
-            scores = q_head @ k_head.T / math.sqrt(q.size(-1))
+        scores = q_head @ k_head.T / math.sqrt(q.size(-1))
         yield scores.masked_fill(hidden, -torch.inf).softmax(-1)
-
-
-def octaves(length):
-    """The octave of each position of a row, (length,): 0 | 1 | 2, 3 | 4 ... 7 | 8 ... 15 | ..., numbered from 0."""
-    return torch.frexp(torch.arange(length, dtype=torch.float32)).exponent.long()
 
 
 def positions_shown(length):
@@ -118,7 +112,7 @@ class Watch:
         self.means = defaultdict(lambda: defaultdict(Spread))                       # [quantity][layer]
         self.covariance = [Covariance() for _ in range(layers + 1)]
         self.gamma = defaultdict(lambda: defaultdict(Spread))                       # [letter, anchor or current][layer]
-        self.norms = defaultdict(lambda: defaultdict(float))                        # the same; sums over each octave
+        self.norms = defaultdict(lambda: defaultdict(Spread))                       # the same
         self.alike, self.rows, self.row, self.maps = np.zeros((layers + 1,) * 2), 0, [], {}
         self.mapped = sorted({0, (layers + 1) // 2, layers})                        # layers with a map
 
@@ -172,10 +166,9 @@ class Watch:
     def see_mix(self, i, s, mix, args):
         """The two terms of Eq. 12 of letter s in layer i: their gammas, and the norm of each token's term."""
         *projections, gammas = args
-        lambdas, octave = (mix.lambda_anchor, mix.lambda_current), octaves(projections[0].size(1)).to(gammas[0].device)
+        lambdas = mix.lambda_anchor, mix.lambda_current
         for slot, x, lam, gamma in zip(("anchor", "current"), projections, lambdas, gammas):
-            norms = (gamma * lam * x.float())[0].flatten(1).norm(dim=-1).double()                         # (T,)
-            self.norms[s, slot][i] += torch.zeros(octave[-1] + 1).to(norms).index_add(0, octave, norms)
+            self.norms[s, slot][i].add((gamma * lam * x.float()).flatten(2).norm(dim=-1))
             if self.model.config.dynamic:
                 self.gamma[s, slot][i].add(gamma)
 
@@ -192,13 +185,12 @@ class Watch:
             tables[s] = {**tables.get(s, {}), "layers": list(layers), slot: moments}
         return tables
 
-    def anchor_use(self, length):
-        """{s: {layers, tokens: of each octave, anchor: [layer][octave], current: the same}}: the mean norm of a token's
-        gamma_1 lambda_1 S_anc and of its gamma_2 lambda_2 S_n, (H, D) taken as one vector."""
-        tokens, tables = torch.bincount(octaves(length)), {}
+    def anchor_use(self):
+        """{s: {layers, anchor, current}}: the mean norm of a token's gamma_1 lambda_1 S_anc and of its gamma_2 lambda_2
+        S_n, (H, D) taken as one vector."""
+        tables = {}
         for (s, slot), layers in self.norms.items():
-            norms = [(total.cpu() / (tokens * self.rows)).tolist() for total in layers.values()]
-            tables[s] = {**tables.get(s, {}), "layers": list(layers), "tokens": tokens.tolist(), slot: norms}
+            tables[s] = {**tables.get(s, {}), "layers": list(layers), slot: [norm.mean for norm in layers.values()]}
         return tables
 
     def hidden_similarity(self):
@@ -239,12 +231,11 @@ def lambdas_of(model):
 
 
 @torch.no_grad()
-def analyse(model, windows, dtype="float32", ablate_anchor=False):
+def analyse(model, windows, ablate_anchor=False):
     """Everything above for windows (rows, T + 1) of token ids, as a dict that JSON can hold (keys: see the return)."""
     device, config, length = model.embed.weight.device, model.config, len(windows[0]) - 1
     watch, loss, progress = Watch(model.eval()), 0.0, Progress(variant_name(config), len(windows), "rows")
-    ablation = without_anchor(model) if ablate_anchor else contextlib.nullcontext()
-    with watch, ablation, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with watch, without_anchor(model) if ablate_anchor else contextlib.nullcontext():
         for i, window in enumerate(windows, 1):
             loss += cross_entropy(model, torch.as_tensor(window, dtype=torch.long, device=device)[None])
             progress.update(i)
@@ -253,10 +244,10 @@ def analyse(model, windows, dtype="float32", ablate_anchor=False):
     return dict(
         variant=variant_name(config), ablate_anchor=ablate_anchor, model_config=asdict(config),
         parameters=count_parameters(model), rows=len(windows), tokens_per_row=length,
-        dtype=dtype, device=device.type, torch=str(torch.__version__), cross_entropy=loss / len(windows) / length,
+        device=device.type, torch=str(torch.__version__), cross_entropy=loss / len(windows) / length,
         averages={name: sum(layers) / len(layers) for name, layers in by_layer.items()}, by_layer=by_layer,
         hidden_similarity=watch.hidden_similarity(), lambdas=lambdas_of(model), gammas=watch.gammas(),
-        anchor_use=watch.anchor_use(length),
+        anchor_use=watch.anchor_use(),
         token_maps=dict(positions=positions_shown(length).tolist(), layers=list(watch.maps),
                         maps=list(watch.maps.values())))
 
@@ -298,11 +289,10 @@ def band_correlation(one, other):
 
 
 def anchor_share(table):
-    """The anchor's share of the two mean norms in one letter's table of `anchor_use`: by layer, (layers,), and by layer
-    and octave of the position, (layers, octaves). 0: the anchor adds nothing; 0.5: as much as the layer's own."""
+    """The anchor's share of the two mean norms in one letter's table of `anchor_use`, (layers,). 0: the anchor adds
+    nothing; 0.5: as much as the layer's own."""
     anchor, current = (np.array(table[slot]) for slot in ("anchor", "current"))
-    whole = [np.average(norms, axis=1, weights=table["tokens"]) for norms in (anchor, current)]
-    return whole[0] / (whole[0] + whole[1]), anchor / (anchor + current)
+    return anchor / (anchor + current)
 
 
 def stage_3(similarity):
@@ -328,6 +318,6 @@ def validation_windows(folder, config, rows=0, block_size=0):
     if not 2 <= length <= config.block_size:
         raise UserError(f"--block_size={length} must be between 2 and the model's {config.block_size}")
     tokens = Tokens(folder, "val", replace(config, block_size=length))
-    if rows > len(tokens):
+    if not 0 <= rows <= len(tokens):
         raise UserError(f"{rows} rows wanted, but {folder} has {len(tokens)} validation windows of {length} tokens")
     return np.stack([tokens.window(i) for i in range(rows or len(tokens))])

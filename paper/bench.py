@@ -3,9 +3,6 @@ How fast: every number from one process, the rivals in turn, so that ratios surv
 
     python paper/bench.py step                   a training step of each variant, beside a plain matrix product
     python paper/bench.py generate               decoding with the KV cache, all variants
-    python paper/bench.py muon                   one Muon step, equal shapes in one batch against a loop
-    python paper/bench.py data                   tokenising, beside tiktoken's own batch encoder; and memory
-    python paper/bench.py hellaswag --data=FILE  scoring, beside the plain one-item-at-a-time loop
 
 Say the machine, the torch version, the command and the commit beside any figure you quote; the first line prints them.
 All variants have --n_layer layers: a ratio to `gated` is that of equally deep models.
@@ -21,35 +18,26 @@ import time
 import numpy as np
 import torch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [HERE, os.path.join(HERE, "..")]
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-import bench_data
-import bench_hellaswag
-import muon
 from compare import circumstances
-from model import VARIANTS, ExoFormer, Linear, choose_device, flops_per_token, generate, variant_config
+from model import VARIANTS, ExoFormer, choose_device, flops_per_token, generate, variant_config
 from prepare_fineweb import Progress, command_line, say, write_meta, write_shard
 from train import Trainer, fresh_settings, resolve
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
-def synchronise(device):
-    """Wait for the device, so that a clock read afterwards counts its work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def in_turn(actions, rounds, device):
     """{name: [seconds of each round]}: every action once a round, after one round that warms up (and compiles)."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds, progress = {name: [] for name in actions}, Progress("measuring", (rounds + 1) * len(actions), "runs")
     for i in range(rounds + 1):
         for j, (name, action) in enumerate(actions.items()):
-            synchronise(device)
+            wait()
             began = time.perf_counter()
             action()
-            synchronise(device)
+            wait()
             seconds[name] += [time.perf_counter() - began] * (i > 0)
             progress.update(i * len(actions) + j + 1)
     progress.end()
@@ -66,7 +54,10 @@ def disturb(model):
     """Move every weight off its start: zero matrices would make zero gradients, which may be cheaper."""
     for p in model.parameters():
         p.add_(0.02 * torch.randn_like(p))
+    return model
 
+
+# ------------------------------------------------------------------------------------------------------ 1 training step
 
 def trainer_of(variant, args):
     """What train.py trains a variant with; the shards that it wants to see are never read."""
@@ -121,20 +112,20 @@ def bench_step(args):
               f"{flops / 1e9:11,.1f}{flops / product:11.2f}")
 
 
+# ----------------------------------------------------------------------------------------------------------- 2 decoding
+
 def bench_generate(args):
     """Tokens/s of each variant that continues --batch_size rows of one token by --tokens, greedily, with a KV cache."""
-    config, models = resolve(dict(device=args.device, dtype=args.dtype))[1], {}
-    for variant in dict.fromkeys(["gated", *args.variants]):
-        torch.manual_seed(0)
-        models[variant] = ExoFormer(variant_config(variant, **{name: vars(args)[name] for name in SIZES}))
-        disturb(models[variant].to(config.device))
+    config, actions = resolve(dict(device=args.device, dtype=args.dtype))[1], {}
     idx = torch.zeros(args.batch_size, 1, dtype=torch.long, device=config.device)
 
     def decode(model):
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             generate(model, idx, args.tokens, temperature=0)
 
-    actions = {name: functools.partial(decode, model) for name, model in models.items()}
+    for variant in dict.fromkeys(["gated", *args.variants]):
+        model = ExoFormer(variant_config(variant, **{name: vars(args)[name] for name in SIZES}))
+        actions[variant] = functools.partial(decode, disturb(model.to(config.device)))
     seconds = in_turn(actions, args.rounds, config.device)
     print(f"{config.dtype}, {args.batch_size} rows of {args.tokens} new tokens\n"
           f"{'variant':30s}{'tokens/s':>10s}{'time / gated':>14s}")
@@ -143,67 +134,36 @@ def bench_generate(args):
               f"{ratio(taken, seconds['gated']):14.3f}")
 
 
-def bench_muon(args):
-    """A Muon step on the shapes of exo: equal shapes in one batch, and one by one."""
-    config = resolve(dict(device=args.device, muon_dtype=args.dtype))[1]
-    polar = functools.partial(muon.polar_express, dtype=getattr(torch, config.muon_dtype))
-    with torch.device("meta"):
-        model = ExoFormer(variant_config("exo", n_layer=args.n_layer, n_embd=args.n_embd, n_head=1))
-        shapes = [(m.weight.shape, m.parts) for name, m in model.named_modules()
-                  if isinstance(m, Linear) and name != "head"]
-
-    def optimizer_step(polar):
-        groups = {}
-        for shape, parts in shapes:
-            p = torch.nn.Parameter(torch.randn(shape, device=config.device))
-            p.grad = torch.randn_like(p)
-            groups.setdefault(parts, []).append(p)
-        return muon.Muon([dict(params=params, parts=parts) for parts, params in groups.items()], polar=polar).step
-
-    seconds = in_turn({"batched": optimizer_step(polar), "loop": optimizer_step(
-        lambda matrices: torch.cat([polar(matrix[None]) for matrix in matrices]))}, args.rounds, config.device)
-    print(f"{config.muon_dtype}, {sum(parts for _, parts in shapes)} matrices of {args.n_layer} layers: "
-          f"batched {statistics.median(seconds['batched']):.3f} s, loop {statistics.median(seconds['loop']):.3f} s, "
-          f"loop / batched {ratio(seconds['loop'], seconds['batched']):.2f}")
-
-
-def add_parser(commands, name, run, text, dtypes, defaults):
-    """A sub-command of this file. defaults: {flag: (default, help)} of its whole numbers."""
-    parser = commands.add_parser(name, help=text)
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: as train.py")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *dtypes), help="auto: as train.py on that device")
-    for flag, (default, what) in defaults.items():
-        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{what} (default {default})")
-    parser.set_defaults(run=run)
-    return parser
-
+# ------------------------------------------------------------------------------------------------------- 3 command line
 
 def parse_arguments():
     """The command line; `run` of the result is the benchmark that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    sizes = dict(n_layer=(2, "layers; the paper has 29"), n_embd=(1024, "width"), rounds=(5, "measurements of each"))
-    more = dict(sizes, n_head=(16, "heads"), vocab_size=(8192, "vocabulary"), block_size=(512, "longest context"))
-    step = add_parser(commands, "step", bench_step, "a training step of each variant",
-                      ("float32", "bfloat16", "pure_bfloat16"), dict(more, batch_size=(4, "rows")))
+    sizes = dict(rounds=(5, "measurements of each"), n_layer=(2, "layers; the paper has 29"), n_embd=(1024, "width"),
+                 n_head=(16, "heads"), vocab_size=(8192, "vocabulary"), block_size=(512, "longest context"))
+    step, decode = commands.add_parser("step", help="a training step"), commands.add_parser("generate", help="decoding")
+    for sub, run, variants, dtypes, numbers in (
+            (step, bench_step, ["base", "gated", "exo", "exo_dynamic"], ("float32", "bfloat16", "pure_bfloat16"),
+             dict(sizes, batch_size=(4, "rows"))),
+            (decode, bench_generate, list(VARIANTS), ("float32", "bfloat16"),
+             dict(sizes, batch_size=(1, "rows"), tokens=(128, "new tokens")))):
+        sub.set_defaults(run=run)
+        sub.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto: as train.py")
+        sub.add_argument("--dtype", default="auto", choices=("auto", *dtypes), help="auto: as train.py on that device")
+        sub.add_argument("--variants", nargs="+", default=variants, choices=VARIANTS, metavar="NAME",
+                         help=f"rows of Table 3 (default {' '.join(variants)})")
+        for flag, (default, what) in numbers.items():
+            sub.add_argument(f"--{flag}", type=int, default=default, help=f"{what} (default {default})")
     step.add_argument("--compile", default="auto", choices=("auto", "true", "false"), help="as train.py")
     step.add_argument("--mask_documents", action="store_true", help="attention does not cross documents")
-    decode = add_parser(commands, "generate", bench_generate, "decoding with the KV cache", ("float32", "bfloat16"),
-                        dict(more, batch_size=(1, "rows"), tokens=(128, "new tokens")))
-    for command, variants in ((step, ["base", "gated", "exo", "exo_dynamic"]), (decode, list(VARIANTS))):
-        command.add_argument("--variants", nargs="+", default=variants, choices=VARIANTS, metavar="NAME",
-                             help=f"rows of Table 3 (default {' '.join(variants)})")
-    add_parser(commands, "muon", bench_muon, "one Muon step, batched against a loop", ("float32", "bfloat16"), sizes)
-    bench_data.add_data_parser(commands)
-    bench_hellaswag.add_hellaswag_parser(commands)
     return parser.parse_args()
 
 
 def main():
     """Print where and what is measured, then measure."""
     args = parse_arguments()
-    device = choose_device(vars(args).get("device", "cpu"))                       # tokenising and scoring: on the CPU
-    say(" | ".join(f"{name} {value}" for name, value in circumstances(device).items())
+    say(" | ".join(f"{name} {value}" for name, value in circumstances(choose_device(args.device)).items())
         + f" | load {os.getloadavg()[0]:.1f}")
     args.run(args)
 

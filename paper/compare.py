@@ -3,21 +3,20 @@ Compare runs of train.py by their logs: the table of validation losses beside th
 over tokens), and how many fewer tokens reach a baseline's final loss (the abstracts: 1.84x for base, 1.5x for gated).
 
     python paper/compare.py out/paper-base out/paper-gated out/paper-exo --png=figure_1b.png --out=runs.jsonl
-    python paper/compare.py runs.jsonl --png=figure_1b.png       the same from the file that --out wrote
+    python paper/compare.py seed1.jsonl seed2.jsonl --png=curves.png     the same from files of --out, or of sweep.py
 
-Runs that differ in their seed alone are one row and one curve: the mean, with the spread beside it. A row's name is its
-variant and what it was trained with, where that is not the default and other rows of the variant have it otherwise. A
-file of --out holds one run a line: settings, evaluations, commit, torch version, machine and command. The machine is
-the one that writes the file, so write it where the runs were trained.
+Runs that differ in their seed alone are one row and one curve: the mean, with the spread beside it; a seed that only
+some rows have is compared where it is. A row's name is its variant and what it was trained with, where that is not the
+default and other rows of the variant have it otherwise. A file of --out holds one run a line: settings, evaluations,
+commit, torch version, machine and command. The machine is the one that writes the file, so write it where the runs
+were trained.
 """
 import argparse
 import functools
 import glob
-import importlib.util
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -32,7 +31,8 @@ import torch
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
 
-from model import TABLE_3, VARIANTS, ExoFormer, ModelConfig, count_parameters, variant_name
+from figures import draw_curves, pyplot
+from model import TABLE_3, VARIANTS, ExoFormer, ModelConfig, count_parameters, read_checkpoint, variant_name
 from prepare_fineweb import UserError, atomic_write, command_line
 from train import TrainConfig
 
@@ -99,22 +99,14 @@ def read_lines(path):
 
 
 def read_log(folder):
-    """The records of a run's log.jsonl, in order: a step has a "loss", an evaluation a "val_loss" (in older logs the
-    evaluation is in the record of its step). UserError where it cannot be read."""
-    try:
-        return read_lines(os.path.join(folder, "log.jsonl"))
-    except OSError as error:
-        raise UserError(f"{folder}: no log.jsonl to read ({error.strerror}); give run folders of train.py") from None
+    """The records of a run's log.jsonl, in order: a step has a "loss", an evaluation a "val_loss"."""
+    return read_lines(os.path.join(folder, "log.jsonl"))
 
 
 def read_state(folder):
-    """The newest checkpoint that can be opened, its tensors left on the disk; {} where there is none."""
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), reverse=True):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            print(f"skipped: {path} cannot be opened ({type(error).__name__})", file=sys.stderr)
-    return {}
+    """The newest checkpoint; {} where there is none."""
+    paths = glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt"))
+    return read_checkpoint(max(paths)) if paths else {}
 
 
 def settings_of(state):
@@ -300,15 +292,17 @@ def spearman(a, b):
 
 
 def agreement(groups):
-    """A line with the rank correlation of our losses with the paper's perplexities: of the means and of each seed."""
-    rows = [group for group in groups if group.paper]
-    if len({group.paper for group in rows}) < 3:
-        return
-    paper, by_seed = [group.paper for group in rows], [{run.seed: run.loss for run in group.runs} for group in rows]
-    found = [f"{spearman([group.loss[0] for group in rows], paper):+.2f} (means)"]
-    found += [f"{spearman([losses[seed] for losses in by_seed], paper):+.2f} (seed {seed})"
-              for seed in by_seed[0] if all(seed in losses for losses in by_seed)]
-    yield f"rank correlation (Spearman) of val loss with the paper's perplexity, {len(rows)} rows: {', '.join(found)}"
+    """A line with the rank correlation of our losses with the paper's perplexities: of the means, and of each seed over
+    the rows that have it."""
+    pairs = {"means": []}
+    for group in (group for group in groups if group.paper and all(run.finished for run in group.runs)):
+        pairs["means"].append((group.loss[0], group.paper))
+        for run in group.runs:
+            pairs.setdefault(f"seed {run.seed}", []).append((run.loss, group.paper))
+    found = [f"{spearman(*zip(*some)):+.2f} ({name}, {len(some)} rows)"
+             for name, some in pairs.items() if len(some) > 2]
+    if found:
+        yield f"rank correlation (Spearman) of val loss with the paper's perplexity: {', '.join(found)}"
 
 
 # -------------------------------------------------------------------------------------------------------------- 4 table
@@ -379,79 +373,7 @@ def summarise(runs):
     return groups, [*table, "", *notes(groups, [run for run in runs if run.diverged])]
 
 
-# ------------------------------------------------------------------------------------------------------------ 5 picture
-
-FAMILY_STYLES = {  # (colour, line, marker) of a variant without its granularity; no two share a marker
-    "base": ("#000000", "-", "o"),
-    "gated": ("#777777", "--", "s"),
-    "resformer": ("#009E73", "-.", "^"),
-    "naive": ("#8B4513", ":", "v"),
-    "nuresformer_qknorm": ("#56B4E9", (0, (1, 1)), "P"),
-    "nuresformer_vg": ("#CC79A7", (0, (3, 1, 1, 1)), "X"),
-    "nuresformer": ("#0072B2", (0, (6, 2)), "D"),
-    "exo_nonorm": ("#B8860B", (0, (2, 2)), "p"),
-    "exo_dynamic": ("#E69F00", (0, (8, 2, 2, 2)), "h"),
-    "exo": ("#D55E00", (0, (5, 1, 1, 1, 1, 1)), "*"),
-}
-FILLS = {"headwise": "none", "scalar": "left"}
-
-
-def variant_style(variant):
-    """matplotlib's color, linestyle, marker and fillstyle of a variant of Table 3, the same in every picture."""
-    family, _, granularity = variant.rpartition("_")
-    family, granularity = (family, granularity) if granularity in FILLS else (variant, "")
-    color, line, marker = FAMILY_STYLES[family]
-    return dict(color=color, linestyle=line, marker=marker, fillstyle=FILLS.get(granularity, "full"))
-
-
-def styles_of(groups):
-    """A style for each group: the first of a variant has the variant's own, others that of a variant not here, those
-    first that differ by colour."""
-    here = [group.variant for group in groups]
-    free = [variant_style(name) for name in VARIANTS if name not in here]
-    free = sorted(free, key=lambda style: style["fillstyle"] != "full") + [variant_style("base")] * len(groups)
-    return [variant_style(variant) if variant and variant not in here[:i] else free.pop(0)
-            for i, variant in enumerate(here)]
-
-
-def draw(groups, path):
-    """Write the picture: the curves on the left, the last two fifths of the tokens enlarged on the right."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    longest = max(run.tokens for group in groups for run in group.runs)
-    unit, word = (1e9, "billions") if longest >= 1e9 else (1e6, "millions")
-    figure, (whole, late) = pyplot.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
-    for i, (group, style) in enumerate(zip(groups, styles_of(groups))):
-        tokens, *losses = map(list, zip(*[(t / unit, *losses) for t, *losses in group.curve() if t > 0])) or [[]] * 4
-        for axes in (whole, late):
-            marked = range(len(tokens))[i % 4::max(1, len(tokens) // 10)]               # staggered, to hide no others
-            axes.plot(tokens, losses[0], label=group.label, linewidth=1.6, markevery=list(marked), **style)
-            if len(group.runs) > 1:
-                axes.fill_between(tokens, *losses[1:], color=style["color"], alpha=0.15, linewidth=0)
-            axes.set(xlabel=f"training tokens ({word})", ylabel="validation loss (nats per token)")
-    enlarge(late, groups, 0.6 * longest, unit)
-    whole.set_title("whole run" + "; bands: lowest to highest seed" * any(len(group.runs) > 1 for group in groups))
-    figure.legend(*whole.get_legend_handles_labels(), loc="outside right upper", fontsize=9, handlelength=4)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)
-    pyplot.close(figure)
-
-
-def enlarge(axes, groups, start, unit):
-    """Limit `axes` to the curves from `start` tokens on."""
-    late = [loss for group in groups for tokens, *losses in group.curve() if tokens >= start for loss in losses]
-    if late:
-        margin = 0.05 * (max(late) - min(late)) + 1e-3
-        axes.set(xlim=(start / unit, None), ylim=(min(late) - margin, max(late) + margin), title="the end, enlarged")
-
-
-def can_draw():
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-# --------------------------------------------------------------------------------------------------------------- 6 main
+# --------------------------------------------------------------------------------------------------------------- 5 main
 
 
 def main():
@@ -462,15 +384,15 @@ def main():
     parser.add_argument("--png", default="", help="write the picture of Figure 1b to this file")
     parser.add_argument("--out", default="", help="write the runs to this .jsonl file")
     args = parser.parse_args()
-    if args.png and not can_draw():
-        raise UserError("--png needs matplotlib: pip install -r paper/requirements.txt")
+    if args.png:
+        pyplot()                                                               # said before the work, not after it
     runs = [run for path in args.runs for run in read_runs(path)]
     groups, lines = summarise(runs)
     print("\n".join(lines))
     if args.out:
         write_runs(runs, args.out)
     if args.png:
-        draw(groups, args.png)
+        draw_curves(groups, args.png)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ def load_exported(folder):
 
 def different(one, other):
     """Names of the tensors that two models do not have alike to the last bit."""
-    ours, theirs = one.state_dict(), other.state_dict()
-    return [name for name in {**ours, **theirs} if name not in ours or name not in theirs
-            or not torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8))]
+    theirs = other.state_dict()
+    return [name for name, tensor in one.state_dict().items()
+            if not torch.equal(tensor.view(torch.uint8), theirs[name].view(torch.uint8))]
 
 
 def main():

@@ -1,16 +1,17 @@
 """
-A checkpoint of the paper's released code: fetch it, say what it is, measure it, turn it into one of ours.
+A checkpoint of the paper's released code: fetch it, say what it is, turn it into one of ours.
 
     python paper/released.py PATH
     python paper/released.py https://HOST/PATH/FILE.pt
-    python paper/released.py Jonnester/Baseline --file=ckpt_step:38146.pt --data=data/fineweb_edu10B --save=base.pt
+    python paper/released.py Jonnester/Baseline --file=ckpt_step:38146.pt --save=base.pt
+    python paper/perplexity.py --ckpt=base.pt --data=data/fineweb_edu10B
 
-The last is the paper's baseline as the README of the released code names it; the other models lie beside it, at
+The third is the paper's baseline as the README of the released code names it; the other models lie beside it, at
 https://huggingface.co/Jonnester. Downloads go to --folder, each under its own address.
 
 Loading is verified against the released CODE: for every family its logits, gradients and key names agree with ours on
 small random weights (test_model.py). It is not verified against the released WEIGHTS, which nobody here had: if the
-perplexity below is not the one Table 3 prints for the variant, believe the perplexity.
+perplexity is not the one Table 3 prints for the variant, believe the perplexity.
 """
 import argparse
 import os
@@ -21,9 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from model import (TABLE_3, ExoFormer, count_parameters, read_checkpoint, released_names, save_checkpoint,
-                   translate_released, variant_name)
-from perplexity import add_arguments, print_perplexity
+from model import TABLE_3, ExoFormer, count_parameters, read_checkpoint, save_checkpoint, variant_name
 from prepare_fineweb import HUB, UserError, command_line, download, locked
 
 
@@ -45,18 +44,6 @@ def fetch(source, name, folder):
     return path
 
 
-class Watched(dict):
-    """A state dict that remembers which of its tensors were asked for."""
-
-    def __init__(self, tensors):
-        super().__init__(tensors)
-        self.used = set()
-
-    def __getitem__(self, key):
-        self.used.add(key)
-        return super().__getitem__(key)
-
-
 def load(path, n_head=None, anchor_norm=None):
     """(checkpoint dict, model) of a released file. UserError when it is none."""
     checkpoint = read_checkpoint(path)
@@ -68,46 +55,31 @@ def load(path, n_head=None, anchor_norm=None):
     return checkpoint, ExoFormer.from_released(state, n_head=n_head, anchor_norm=anchor_norm, **settings).eval()
 
 
-def unused_tensors(checkpoint, model):
-    """Names of the tensors that the model took nothing from: the released forward pass never reads them either."""
-    state = Watched(released_names(checkpoint.get("model", checkpoint)))
-    translate_released(state, model.state_dict(), model.config)
-    return sorted(set(state) - state.used)
-
-
 def describe(path, checkpoint, model):
     """Print what the file holds."""
     config, name = model.config, variant_name(model.config)
     millions = f"; Table 3 prints {TABLE_3[name][0]} M" if name in TABLE_3 else ""
     axes = ("gate", "anchor", "mix", "anchor_norm", "granularity", "dynamic")
-    unused = unused_tensors(checkpoint, model)
-    named = ", ".join(unused[:6]) + (" ..." if len(unused) > 6 else "")
-    print(f"file        {path}, {os.path.getsize(path):,} bytes, step {checkpoint.get('step', 'unknown')}")
-    print(f"variant     {name}, by its keys: {', '.join(f'{axis}={vars(config)[axis]!r}' for axis in axes)}")
-    print(f"size        {config.n_layer} layers, C {config.n_embd}, {config.n_head} heads, "
-          f"context {config.block_size}, vocabulary {config.vocab_size:,}")
-    print(f"parameters  {count_parameters(model):,}{millions}")
-    print(f"ignored     {len(unused)} tensors that the released forward pass never reads: {named or 'none'}")
-    print("verified    against the released code on small random weights; never against released weights, which nobody "
+    print(f"file        {path}, {os.path.getsize(path):,} bytes, step {checkpoint.get('step', 'unknown')}\n"
+          f"variant     {name}, by its keys: {', '.join(f'{axis}={vars(config)[axis]!r}' for axis in axes)}\n"
+          f"size        {config.n_layer} layers, C {config.n_embd}, {config.n_head} heads, "
+          f"context {config.block_size}, vocabulary {config.vocab_size:,}\n"
+          f"parameters  {count_parameters(model):,}{millions}\n"
+          "verified    against the released code on small random weights; never against released weights, which nobody "
           "here had")
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description="Report, measure, convert a released checkpoint.", allow_abbrev=False)
+def main():
+    parser = argparse.ArgumentParser(description="Report and convert a released checkpoint.", allow_abbrev=False)
     parser.add_argument("source", help="local file, URL, or hub repository OWNER/REPO (HF_ENDPOINT, HF_TOKEN honoured)")
     parser.add_argument("--file", metavar="NAME", help="file in the hub repository")
     parser.add_argument("--folder", default="out/released", metavar="DIR",
                         help="where downloads go (default: out/released)")
     parser.add_argument("--save", metavar="PATH", help="write the model here in this project's format")
-    add_arguments(parser)
     parser.add_argument("--n_head", type=int, help="heads, where the keys do not tell")
     parser.add_argument("--anchor_norm", choices=("", "qk"),
                         help="internal q and k anchors, where the keys do not tell: '' if not normed")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     path = fetch(args.source, args.file, args.folder)
     checkpoint, model = load(path, args.n_head, args.anchor_norm)
     describe(path, checkpoint, model)
@@ -118,8 +90,6 @@ def main():
         save_checkpoint(args.save, dict(model_config=asdict(model.config), model=model.state_dict(),
                                         step=checkpoint.get("step"), released=os.path.basename(path)))
         print(f"saved       {args.save}: weights only, for sampling and evaluation; it cannot be resumed")
-    if args.data:
-        print_perplexity(model, args)
 
 
 if __name__ == "__main__":

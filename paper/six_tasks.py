@@ -23,113 +23,115 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from eval_hellaswag import parse_rows, read_bytes, token_log_probs
+from eval_hellaswag import read_bytes, token_log_probs
 from model import TABLE_3, choose_device, count_parameters, load_checkpoint, variant_name
-from paper_numbers import TASK_ACCURACY
 from prepare_fineweb import Progress, UserError, atomic_write, command_line, get_tokenizer
 
 FEWSHOT_SEED = 1234                                 # lm_eval's default; the examples in front of an item follow from it
 
+TASK_ACCURACY = {  # the paper's, %, 5-shot: ARC-c, ARC-e, HellaSwag, OpenBookQA, PIQA, WinoGrande
+    "base": (30.97, 63.38, 42.02, 33.60, 67.30, 51.54),
+    "gated": (30.89, 64.69, 42.73, 34.00, 67.14, 53.35),
+    "resformer": (33.62, 64.86, 43.49, 34.40, 68.88, 52.64),
+    "naive": (32.94, 64.52, 43.47, 32.60, 68.34, 52.64),
+    "nuresformer_qknorm": (31.74, 64.27, 43.83, 33.00, 68.23, 52.41),
+    "nuresformer_qknorm_headwise": (34.73, 64.06, 44.45, 34.20, 67.57, 53.04),
+    "nuresformer_qknorm_scalar": (32.85, 66.08, 43.87, 34.20, 68.28, 53.67),
+    "nuresformer_vg": (32.42, 64.94, 43.80, 35.00, 67.52, 51.54),
+    "nuresformer_vg_headwise": (31.23, 64.18, 43.50, 34.00, 67.68, 54.06),
+    "nuresformer_vg_scalar": (31.83, 64.44, 43.66, 34.80, 68.44, 52.49),
+    "nuresformer": (33.70, 65.07, 44.23, 33.60, 68.34, 53.12),
+    "nuresformer_headwise": (33.79, 65.11, 44.09, 33.40, 67.41, 52.72),
+    "nuresformer_scalar": (32.42, 64.02, 43.93, 33.20, 67.90, 53.20),
+    "exo_nonorm": (32.08, 63.76, 43.49, 34.40, 68.77, 55.64),
+    "exo_dynamic": (33.36, 65.87, 44.54, 34.40, 68.28, 55.17),
+    "exo": (34.73, 64.65, 44.28, 36.40, 67.74, 53.59),
+    "exo_headwise": (32.17, 65.87, 44.00, 32.40, 68.23, 54.06),
+    "exo_scalar": (32.17, 65.66, 44.33, 33.60, 68.06, 51.14),
+}
+
+
 # -------------------------------------------------------------------------------------------------------------- 1 items
 
-
-def read_rows(path, convert):
-    """[convert(row)] of a .jsonl file. UserError names the first line that cannot be used."""
-    rows = []
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        try:
-            rows.append(convert(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}, line {number}: not an item of this task ({why})") from None
-    if not rows:
-        raise UserError(f"{path}: no items in it")
-    return rows
+def fields(*names):
+    """A converter that takes these fields of an official item."""
+    return lambda row: {name: row[name] for name in names}
 
 
-def choices_of(row):
-    """Options and key of an AI2 question: three to five options, labelled A, B, ... or 1, 2, ..."""
-    options = row["question"]["choices"]
-    columns = {column: [option[column] for option in options] for column in ("text", "label")}
-    if row["answerKey"] not in columns["label"]:
-        raise ValueError(f"answerKey {row['answerKey']!r} is none of {columns['label']}")
-    return {"choices": columns, "answerKey": row["answerKey"]}
-
-
-def read_arc(path):
-    """Rows of an ARC file, in the form of lm_eval."""
-    return read_rows(path, lambda row: {"question": row["question"]["stem"], **choices_of(row)})
-
-
-def read_openbookqa(path):
-    """Rows of OpenBookQA."""
-    return read_rows(path, lambda row: {"question_stem": row["question"]["stem"], **choices_of(row)})
-
-
-def read_winogrande(path):
-    """Rows of WinoGrande."""
-    return read_rows(path, lambda row: {name: row[name] for name in ("sentence", "option1", "option2", "answer")})
-
-
-def read_piqa(path):
-    """PIQA keeps its labels in a second file, line by line."""
-    rows = read_rows(path, lambda row: {name: row[name] for name in ("goal", "sol1", "sol2")})
-    labels_path = path.removesuffix(".gz").removesuffix(".jsonl") + "-labels.lst"
-    labels_path = local_path("", labels_path) or labels_path
-    labels = read_bytes(labels_path).decode().split()
-    if len(labels) != len(rows) or not set(labels) <= {"0", "1"}:
-        raise UserError(f"{labels_path}: must hold a 0 or 1 for each of the {len(rows)} lines of {path}")
-    return [{**row, "label": int(label)} for row, label in zip(rows, labels)]
-
-
-def read_hellaswag(path):
-    """Rows of HellaSwag."""
-    fields = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
-    return [{name: row[name] for name in fields} for row in parse_rows(read_bytes(path), path)]
+def question(stem):
+    """A converter of AI2's questions: three to five options, labelled A, B, ... or 1, 2, ... lm_eval calls the question
+    itself `stem`."""
+    def convert(row):
+        options, key = row["question"]["choices"], row["answerKey"]
+        columns = {column: [option[column] for option in options] for column in ("text", "label")}
+        if key not in columns["label"]:
+            raise ValueError(f"answerKey {key!r} is none of {columns['label']}")
+        return {stem: row["question"]["stem"], "choices": columns, "answerKey": key}
+    return convert
 
 
 @dataclass(frozen=True)
 class Task:
-    """A column of Table 3. `train` and `test` are files under --data, `split` is what lm_eval calls the second."""
+    """A column of Table 3. `convert` makes lm_eval's item of an official one; `train` and `test` are files under --data
+    without .jsonl; `split` is what lm_eval calls the second."""
     column: str
     metric: str
-    read: Callable
+    convert: Callable
     train: str
     test: str
     split: str
 
 
 TASKS = {  # by lm_eval's names, in the order of Table 3
-    "arc_challenge": Task("ARC-c", "acc_norm", read_arc, "arc/ARC-Challenge-Train.jsonl",
-                          "arc/ARC-Challenge-Test.jsonl", "test"),
-    "arc_easy": Task("ARC-e", "acc_norm", read_arc, "arc/ARC-Easy-Train.jsonl", "arc/ARC-Easy-Test.jsonl", "test"),
-    "hellaswag": Task("HellaSwag", "acc_norm", read_hellaswag, "hellaswag/hellaswag_train.jsonl",
-                      "hellaswag/hellaswag_val.jsonl", "validation"),
-    "openbookqa": Task("OBQA", "acc_norm", read_openbookqa, "openbookqa/train.jsonl", "openbookqa/test.jsonl", "test"),
-    "piqa": Task("PIQA", "acc_norm", read_piqa, "piqa/train.jsonl", "piqa/valid.jsonl", "validation"),
-    "winogrande": Task("WinoGrande", "acc", read_winogrande, "winogrande/train_xl.jsonl", "winogrande/dev.jsonl",
-                       "validation"),
+    "arc_challenge": Task("ARC-c", "acc_norm", question("question"), "arc/ARC-Challenge-Train",
+                          "arc/ARC-Challenge-Test", "test"),
+    "arc_easy": Task("ARC-e", "acc_norm", question("question"), "arc/ARC-Easy-Train", "arc/ARC-Easy-Test", "test"),
+    "hellaswag": Task("HellaSwag", "acc_norm", fields("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+                      "hellaswag/hellaswag_train", "hellaswag/hellaswag_val", "validation"),
+    "openbookqa": Task("OBQA", "acc_norm", question("question_stem"), "openbookqa/train", "openbookqa/test", "test"),
+    "piqa": Task("PIQA", "acc_norm", fields("goal", "sol1", "sol2"), "piqa/train", "piqa/valid", "validation"),
+    "winogrande": Task("WinoGrande", "acc", fields("sentence", "option1", "option2", "answer"), "winogrande/train_xl",
+                       "winogrande/dev", "validation"),
 }
 
 
-def local_path(folder, name):
-    """folder/name or folder/name.gz, whichever there is, or None."""
-    paths = [os.path.join(folder, name + ending) for ending in ("", ".gz")]
-    return next((path for path in paths if os.path.exists(path)), None)
+def read_local(folder, name):
+    """(path, content) of folder/name or folder/name.gz. UserError where neither is there."""
+    for path in (os.path.join(folder, name), os.path.join(folder, f"{name}.gz")):
+        if os.path.exists(path):
+            return path, read_bytes(path)
+    raise UserError(f"--data={folder}: no {name}(.gz) there; --help lists the files. Get it, leave the task out with "
+                    "--tasks or the examples with --shots=0, or let lm_eval download all, without --data")
+
+
+def read_rows(folder, name, convert):
+    """[convert(row)] of a .jsonl file. UserError names the first line that cannot be used."""
+    path, content = read_local(folder, f"{name}.jsonl")
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            rows.append(convert(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}, line {number}: not an item of this task ({why})") from None
+    return rows
 
 
 def local_rows(name, folder, shots):
-    """{split: rows} of one task from files. UserError where a file is missing."""
+    """{split: rows} of one task from files."""
     task, rows = TASKS[name], {}
     for split, file in ((task.split, task.test), *([("train", task.train)] if shots else [])):
-        path = local_path(folder, file)
-        if not path:
-            raise UserError(f"--data={folder}: no {file}(.gz) there; --help lists the files. Get it, leave out {name} "
-                            "with --tasks or the examples with --shots=0, or let lm_eval download all, without --data")
-        rows[split] = task.read(path)
+        rows[split] = read_rows(folder, file, task.convert)
+        if name == "piqa":                                            # keeps its labels in a second file, line by line
+            path, labels = read_local(folder, f"{file}-labels.lst")
+            labels = labels.decode().split()
+            if len(labels) != len(rows[split]) or not set(labels) <= {"0", "1"}:
+                raise UserError(f"{path}: must hold a 0 or 1 for each of the {len(rows[split])} lines of {file}.jsonl")
+            rows[split] = [{**row, "label": int(label)} for row, label in zip(rows[split], labels)]
     return {"train": rows[task.split], **rows}                        # lm_eval wants a split to draw no examples from
 
 
@@ -164,16 +166,13 @@ def load_tasks(names, folder, shots):
 def score_batch(model, rows, device, dtype):
     """What score_rows returns, for rows that run as one batch, padded on the right: no scored token can see that."""
     inputs = [(context + continuation)[-(model.config.block_size + 1):][:-1] for context, continuation in rows]
-    idx = torch.zeros(len(rows), max(map(len, inputs)), dtype=torch.long)
-    for row, tokens in enumerate(inputs):
-        idx[row, :len(tokens)] = torch.tensor(tokens)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        hidden = model.trunk(idx.to(device))
     lengths = [len(continuation) for _, continuation in rows]
-    ends = [(len(tokens) - length, len(tokens)) for tokens, length in zip(inputs, lengths)]
-    picked = torch.cat([hidden[row, start:end] for row, (start, end) in enumerate(ends)])
+    idx = pad_sequence([torch.tensor(tokens) for tokens in inputs], batch_first=True).to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        hidden = model.trunk(idx)
+    scored = torch.cat([h[len(tokens) - length:len(tokens)] for h, tokens, length in zip(hidden, inputs, lengths)])
     targets = torch.tensor([token for _, continuation in rows for token in continuation], device=device)
-    return [part.sum().item() for part in token_log_probs(model, picked, targets).cpu().double().split(lengths)]
+    return [part.sum().item() for part in token_log_probs(model, scored, targets).cpu().double().split(lengths)]
 
 
 @torch.no_grad()
@@ -245,17 +244,16 @@ def evaluate(model, names=tuple(TASKS), shots=5, limit=None, data="", batch_size
         cautions.append(f"{lm.cut} prompts were cut on the left to block_size={model.config.block_size} tokens")
     if limit:
         cautions.append(f"--limit={limit}: the first {limit} items of each task, a trial")
-    results = {name: summary(TASKS[name].metric, out["results"][name], out["n-samples"][name]["effective"])
-               for name in names}
-    return {"tasks": results, "shots": shots, "limit": limit, "cautions": cautions, "lm_eval": lm_eval.__version__}
+    return {"tasks": {name: summary(name, out) for name in names}, "shots": shots, "limit": limit,
+            "cautions": cautions, "lm_eval": lm_eval.__version__}
 
 
-def summary(metric, measured, items):
+def summary(name, out):
     """One task's entry of the results, from lm_eval's {"acc,none": ..., "acc_stderr,none": ...}."""
-    plain = {key.split(",")[0]: value
-             for key, value in measured.items()
-             if key.startswith("acc") and isinstance(value, float)}
-    return {"metric": metric, "value": plain[metric], "stderr": plain[f"{metric}_stderr"], "items": items, **plain}
+    metric = TASKS[name].metric
+    plain = {key.split(",")[0]: value for key, value in out["results"][name].items() if key.startswith("acc")}
+    return {"metric": metric, "value": plain[metric], "stderr": plain[f"{metric}_stderr"],
+            "items": out["n-samples"][name]["effective"], **plain}
 
 
 def table(results, variant, parameters):

@@ -33,7 +33,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 
 import compare
-from model import VARIANTS, ExoFormer, count_parameters, flops_per_token
+from figures import draw_curves
+from model import VARIANTS, ExoFormer, flops_per_token
 from prepare_fineweb import UserError, atomic_write, clock, command_line, find_shards, locked, say, shard_tokens
 from train import fresh_settings, parse_flags
 
@@ -144,7 +145,7 @@ def check_same(job):
 
 
 def measure(job, steps=6):
-    """(seconds of a step, seconds of starting up) of a job, from a few steps of it in a temporary folder."""
+    """(FLOP/s, seconds of starting up) of a job, from a few steps of it in a temporary folder."""
     model_config, config = job.configs()
     with tempfile.TemporaryDirectory() as folder:
         command = job.command(out_dir=os.path.join(folder, "run"), max_steps=steps, eval_every=0, save_every=0,
@@ -157,22 +158,28 @@ def measure(job, steps=6):
             raise UserError(f"{job.name}: a trial of {steps} steps failed: "
                             f"{(done.stderr or done.stdout).strip().splitlines()[-1]}")
         seconds = [record["ms"] / 1000 for record in compare.read_log(os.path.join(folder, "run")) if "ms" in record]
-    return statistics.median(seconds[steps // 2:]), wall - sum(seconds)
+    step, start = statistics.median(seconds[steps // 2:]), wall - sum(seconds)
+    say(f"{step * 1000:.0f} ms per step of {config.total_batch_size} tokens, {start:.1f} s to start, "
+        f"{torch.get_num_threads()} threads")
+    return flops_of(job, config.total_batch_size) / step, start
 
 
-def work_of(job):
-    """(parameters, training tokens to come, FLOPs to come with those of the evaluations) of a job."""
-    model_config, config = job.configs()
+def flops_of(job, tokens):
+    """FLOPs of training on `tokens`."""
+    model_config = job.configs()[0]
     with torch.device("meta"):
-        model = ExoFormer(model_config)
+        return flops_per_token(ExoFormer(model_config), model_config.block_size) * tokens
+
+
+def flops_to_come(job):
+    """FLOPs of what is left of a job. Its evaluations have no backward pass, so their tokens cost a third."""
+    config = job.configs()[1]
     done = max((r["step"] for r in compare.read_log(job.folder)), default=0) if job.state() != "new" else 0
     steps, held_out = config.max_steps - done, sum(map(shard_tokens, find_shards(config.data, "val")))
     evaluated = min(config.final_eval_tokens or held_out, held_out)
     if config.eval_every:
         evaluated += min(config.eval_tokens or held_out, held_out) * (steps // config.eval_every + 1)
-    tokens = steps * config.total_batch_size
-    flops = flops_per_token(model, model_config.block_size) * (tokens + evaluated / 3)     # no backward pass: a third
-    return count_parameters(model), tokens, flops
+    return flops_of(job, steps * config.total_batch_size + evaluated / 3)
 
 
 def dry_run(jobs):
@@ -181,17 +188,11 @@ def dry_run(jobs):
     if not todo:
         return say("every run has ended")
     say(f"measuring a few steps of {todo[0].name} ...")
-    (step, start), (model_config, config), total = measure(todo[0]), todo[0].configs(), 0
-    with torch.device("meta"):
-        per_step = flops_per_token(ExoFormer(model_config), model_config.block_size) * config.total_batch_size
-    say(f"{step * 1000:.0f} ms per step of {config.total_batch_size} tokens, {start:.1f} s to start, "
-        f"{torch.get_num_threads()} threads")
+    (speed, start), total = measure(todo[0]), 0
     for job in jobs:
-        parameters, tokens, flops = work_of(job)
-        seconds = start + step * flops / per_step if job in todo else 0
+        seconds = start + flops_to_come(job) / speed if job in todo else 0
         total += seconds
-        say(f"{job.name:44s} {job.state():9s} {parameters:>12,} parameters, {tokens * (job in todo):>13,} tokens to "
-            f"train, {clock(seconds)}")
+        say(f"{job.name:44s} {job.state():9s} {clock(seconds)}")
     say(f"{len(todo)} of {len(jobs)} runs to do, about {clock(total)} in all, if the machine stays as busy as now")
 
 
@@ -247,8 +248,10 @@ def tabulate(jobs):
     compare.write_runs(runs, os.path.join(jobs[0].out_dir, "runs.jsonl"))
     with atomic_write(os.path.join(jobs[0].out_dir, "table.md")) as file:
         file.write("\n".join([*lines, *missing, ""]).encode())
-    if groups and compare.can_draw():
-        compare.draw(groups, os.path.join(jobs[0].out_dir, "curves.png"))
+    try:
+        draw_curves(groups, os.path.join(jobs[0].out_dir, "curves.png"))
+    except UserError as error:                                                  # no matplotlib: the table stands alone
+        say(f"no curves.png: {error}")
     return lines + missing
 
 
@@ -267,10 +270,7 @@ def variants_in(text):
 
 def seeds_in(text):
     """An argparse type: whole numbers separated by commas, each once."""
-    seeds = text.split(",")
-    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different whole numbers like 1,2,3")
-    return list(map(int, seeds))
+    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def parse_arguments():

@@ -115,7 +115,7 @@ def print_mixing(records):
         for s, table in tables.items():
             with_k = elementwise and s == "q" and "k" in tables
             rows.append([r["label"], s, number(float(np.median(ratio(table), axis=(1, 2)).mean())),
-                         number(anchor_share(r["anchor_use"][s])[0].mean()), number(near_zero([table])),
+                         number(anchor_share(r["anchor_use"][s]).mean()), number(near_zero([table])),
                          number(between_heads(table) if elementwise else None),
                          number(band_correlation(table, tables["k"]) if with_k else None)])
         rows.append([r["label"], "all", "", "", number(near_zero(tables.values())), "", ""])
@@ -146,18 +146,10 @@ def label_of(path, ablate_anchor):
     return f"{os.path.basename(folder)}_{os.path.splitext(name)[0]}{'_no_anchor' if ablate_anchor else ''}"
 
 
-def write_record(folder, record):
-    """Write the record of one checkpoint as FOLDER/LABEL.json and return the path."""
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"{record['label']}.json")
-    with atomic_write(path) as file:
-        file.write(json.dumps(record).encode())
-    return path
-
-
 def measure(args):
-    """Analyse each checkpoint and write its record; yields the records."""
+    """Analyse each checkpoint and write its record as OUT/LABEL.json; yields the records."""
     device = choose_device(args.device, among=("cuda", "cpu"))
+    os.makedirs(args.out, exist_ok=True)
     for path in args.ckpt:
         model = load_checkpoint(path, device)
         if args.ablate_anchor and model.config.anchor == "none":
@@ -165,8 +157,10 @@ def measure(args):
             continue
         windows = validation_windows(args.data, model.config, args.rows, args.block_size)
         record = dict(label=label_of(path, args.ablate_anchor), checkpoint=path, data=args.data,
-                      **analyse(model, windows, args.dtype, args.ablate_anchor))
-        print(f"wrote {write_record(args.out, record)}", flush=True)
+                      **analyse(model, windows, args.ablate_anchor))
+        with atomic_write(os.path.join(args.out, f"{record['label']}.json")) as file:
+            file.write(json.dumps(record).encode())
+        print(f"wrote {file.name.removesuffix('.part')}", flush=True)
         yield record
 
 
@@ -182,14 +176,9 @@ def parse_args():
                         help="remove the anchor at inference: it adds nothing to any projection")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                         help="where to compute (default: cuda if there is a GPU)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                        help="of the forward pass (default: float32)")
     parser.add_argument("--out", default="out/analysis", metavar="DIR",
                         help="folder for the JSON files (default: out/analysis)")
-    args = parser.parse_args()
-    if args.rows < 1:
-        parser.error(f"--rows={args.rows} must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def main():

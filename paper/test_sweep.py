@@ -1,30 +1,25 @@
-"""Tests of sweep.py and storm.py. No network; one test trains for some seconds."""
+"""Tests of sweep.py. No network; one test trains for some seconds."""
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import warnings
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)      # "slow" needs no settings file
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [HERE, os.path.join(HERE, "..")]
-
-import compare
-import storm
 import sweep
 import train
 from model import VARIANTS
-from prepare_fineweb import UserError, write_shard
-from test_compare import call, write_run
+from prepare_fineweb import UserError
+from test_compare import write_run
 from train import fresh_settings, parse_flags
+
+TINY = """--n_layer=10 --n_head=2 --n_embd=8 --block_size=16 --batch_size=2 --total_batch_size=32 --max_steps=4
+    --eval_every=2 --eval_tokens=64 --final_eval_tokens=96 --save_every=2""".split()
 
 
 class FakeTrain:
@@ -48,27 +43,28 @@ class FakeTrain:
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path, write_data):
     """A folder of byte-level shards."""
-    folder = tmp_path / "data"
-    os.mkdir(folder)
     text = np.frombuffer(("the cat sat on the mat. " * 200).encode(), np.uint8).astype(np.uint16)
-    for split in ("train", "val"):
-        write_shard(str(folder / f"text_{split}_000000.bin"), np.append(np.uint16(256), text))
-    (folder / "meta.json").write_text('{"tokenizer": "bytes"}')
-    return str(folder)
+    return write_data(tmp_path / "data", np.append(np.uint16(256), text))
 
 
 @pytest.fixture
-def run_sweep(tmp_path, data, monkeypatch):
+def jobs_of(call, data):
+    """jobs_of(*flags): the plan of a sweep of `data`."""
+    return lambda *flags: sweep.plan(call(sweep.parse_arguments, f"--data={data}", *flags))
+
+
+@pytest.fixture
+def run_sweep(tmp_path, data, call, monkeypatch):
     """run_sweep(fake, *flags): the exit code of a sweep of base and exo with two seeds, with `fake` for train.py and
     without pictures, which take seconds."""
 
     def run(fake, *flags):
         monkeypatch.setattr(sweep, "run_to_end", fake)
-        monkeypatch.setattr(compare, "can_draw", lambda: False)
-        return call(monkeypatch, sweep.main, f"--data={data}", f"--out_dir={tmp_path / 's'}", "--variants=base,exo",
-                    "--seeds=1,2", "--", "--n_layer=10", "--max_steps=20", *flags)
+        monkeypatch.setattr(sweep, "draw_curves", lambda groups, path: None)
+        return call(sweep.main, f"--data={data}", f"--out_dir={tmp_path / 's'}", "--variants=base,exo", "--seeds=1,2",
+                    "--", "--n_layer=10", "--max_steps=20", *flags)
 
     return run
 
@@ -94,13 +90,6 @@ def test_a_sweep_stopped_in_the_middle_goes_on_where_it_stopped(tmp_path, run_sw
     assert "NOT FINISHED" not in table and "-1.0000 +- 0.0000" in table and table in capsys.readouterr().out
 
 
-def test_a_run_killed_before_its_first_checkpoint_is_started_by_the_same_command(tmp_path, run_sweep):
-    os.makedirs(tmp_path / "s" / "base-seed1")
-    (tmp_path / "s" / "base-seed1" / "log.jsonl").write_text('{"step": 1, "tokens": 100, "loss": 3.0}\n{"step"')
-    fake = FakeTrain({})
-    assert run_sweep(fake) == 0 and fake.commands[0] == ("base-seed1", False) and len(fake.commands) == 4
-
-
 @pytest.mark.parametrize("log, saved, state", [
     ("", False, "new"), ('{"step": 0, "val_loss": 5.0}\n', False, "new"),
     ('{"step": 0, "val_loss": 5.0}\n', True, "stopped"),
@@ -123,11 +112,6 @@ def test_a_diverged_run_is_named_not_tried_again_and_the_others_go_on(tmp_path, 
     assert '"diverged": true' in (tmp_path / "s" / "runs.jsonl").read_text()
 
 
-def test_a_run_that_failed_ends_the_sweep_with_its_code(run_sweep, capsys):
-    fake = FakeTrain({"base-seed1": (1, 0)})
-    assert run_sweep(fake) == 1 and len(fake.commands) == 1 and "failed with exit code 1" in capsys.readouterr().out
-
-
 def test_a_folder_with_a_run_of_other_settings_is_refused(run_sweep):
     """Else a finished run would be taken for one of the new sweep."""
     run_sweep(FakeTrain({}))
@@ -144,26 +128,16 @@ def test_what_train_would_refuse_is_refused_before_the_first_run(run_sweep, flag
         run_sweep(no_run, flags)
 
 
-@pytest.mark.parametrize("flags, words", [(["--seeds=1,1"], "different whole numbers"),
-                                          (["--seeds=x"], "different whole numbers"),
-                                          (["--variants=exo,gatd"], "unknown 'gatd'"),
-                                          (["--ablation=optimizer", "--variants=exo"], "not allowed with")])
-def test_usage_errors_are_one_line(monkeypatch, capsys, flags, words):
-    with pytest.raises(SystemExit, match="2"):
-        call(monkeypatch, sweep.main, *flags)
-    assert words in capsys.readouterr().err
-
-
 def test_a_sweep_keeps_a_second_one_out_of_its_folder(tmp_path, run_sweep):
     with sweep.locked(str(tmp_path / "s")), pytest.raises(UserError, match="another run is writing there"):
         run_sweep(no_run)
 
 
-def test_without_data_a_sweep_learns_pythons_own_sources(tmp_path, data, monkeypatch):
+def test_without_data_a_sweep_learns_pythons_own_sources(tmp_path, data, call, monkeypatch):
     os.mkdir(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(train, "write_default_shards", lambda folder: shutil.copytree(data, folder))
-    jobs = sweep.plan(call(monkeypatch, sweep.parse_arguments, "--variants=all"))
+    jobs = sweep.plan(call(sweep.parse_arguments, "--variants=all"))
     assert [(job.variant, job.settings["data"]) for job in jobs] == [(name, "data/python_stdlib") for name in VARIANTS]
 
 
@@ -173,10 +147,8 @@ def test_layers_follow_the_papers_rule_for_equal_parameters():
 
 
 @pytest.mark.parametrize("ablation", sweep.ABLATIONS)
-def test_every_run_of_an_ablation_is_a_configuration_of_its_own(data, monkeypatch, ablation):
-    flags = [f"--ablation={ablation}", f"--data={data}", "--seeds=1,2"]
-    jobs = sweep.plan(call(monkeypatch, sweep.parse_arguments, *flags))
-    count = len(sweep.ABLATIONS[ablation])
+def test_every_run_of_an_ablation_is_a_configuration_of_its_own(jobs_of, ablation):
+    jobs, count = jobs_of(f"--ablation={ablation}", "--seeds=1,2"), len(sweep.ABLATIONS[ablation])
     assert len({job.name for job in jobs}) == len(jobs) == 2 * count
     configs = [job.configs() for job in jobs if job.settings["seed"] == 1]
     assert len({str((model, asdict(config) | {"out_dir": ""})) for model, config in configs}) == count
@@ -185,11 +157,12 @@ def test_every_run_of_an_ablation_is_a_configuration_of_its_own(data, monkeypatc
 
 
 def test_signals_reach_the_training_process_once(tmp_path):
+    """The child's exit code tells how often; 10 more if Ctrl-C of the terminal would have reached it as well."""
     child = (
         "import os, signal, sys, time\ncount = []\nsignal.signal(signal.SIGTERM, lambda *_: count.append(1))\n"
         f"open({str(tmp_path / 'up')!r}, 'w').close()\n"
         "end = time.time() + 10\nwhile not count and time.time() < end: time.sleep(0.01)\n"
-        f"time.sleep(0.1)\nsys.exit(100 + len(count) + 10 * (os.getpgrp() == {os.getpgrp()}))\n"  # Ctrl-C
+        f"time.sleep(0.1)\nsys.exit(100 + len(count) + 10 * (os.getpgrp() == {os.getpgrp()}))\n"
     )
     before = signal.getsignal(signal.SIGINT)
 
@@ -203,94 +176,23 @@ def test_signals_reach_the_training_process_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_estimated_work_is_training_and_a_third_for_evaluations(data, monkeypatch):
+def test_estimated_work_is_training_and_a_third_for_evaluations(jobs_of):
     """exo of 10 layers, C 8: matrices 11 C^2 a layer, 4 C^2 of anchors, a head of 320 C; attention 12 n C T."""
-    tiny = "--n_layer=10 --n_head=2 --n_embd=8 --block_size=16 --batch_size=2 --total_batch_size=32 --max_steps=4 " \
-           "--eval_every=2 --eval_tokens=64 --final_eval_tokens=96".split()
-    job, = sweep.plan(call(monkeypatch, sweep.parse_arguments, "--variants=exo", f"--data={data}", "--", *tiny))
+    job, = jobs_of("--variants=exo", "--seeds=1", "--", *TINY)
     per_token = 6 * (10 * 11 * 64 + 4 * 64 + 320 * 8) + 12 * 10 * 8 * 16
     evaluated = 3 * 64 + 96                                             # at steps 0, 2 and 4, where 96 come on top
-    assert sweep.work_of(job)[1:] == (4 * 32, pytest.approx(per_token * (4 * 32 + evaluated / 3)))
+    assert sweep.flops_to_come(job) == pytest.approx(per_token * (4 * 32 + evaluated / 3))
 
 
 @pytest.mark.slow
-def test_a_dry_run_measures_and_a_sweep_of_real_training_finishes(tmp_path, data, monkeypatch, capfd):
-    flags = [f"--data={data}", f"--out_dir={tmp_path / 's'}", "--variants=exo", "--seeds=1", "--"]
-    tiny = "--n_layer=1 --n_head=2 --n_embd=8 --block_size=16 --batch_size=2 --total_batch_size=32 --max_steps=4 " \
-           "--eval_every=2 --eval_tokens=32 --final_eval_tokens=32 --save_every=2".split()
-    call(monkeypatch, sweep.main, "--dry_run", *flags, *tiny)
+def test_a_dry_run_measures_and_a_sweep_of_real_training_finishes(tmp_path, data, call, capfd):
+    flags = [f"--data={data}", f"--out_dir={tmp_path / 's'}", "--variants=exo", "--seeds=1", "--", *TINY, "--n_layer=1"]
+    call(sweep.main, "--dry_run", *flags)
     said = capfd.readouterr().out
     assert "ms per step of 32 tokens" in said and "1 of 1 runs to do" in said and not (tmp_path / "s").exists()
-    assert call(monkeypatch, sweep.main, *flags, *tiny) == 0
+    assert call(sweep.main, *flags) == 0
     run = json.loads((tmp_path / "s" / "runs.jsonl").read_text())
     assert (run["variant"], run["tokens"], run["settings"]["n_layer"]) == ("exo", 128, 1)
     assert 3 < run["points"][-1][1] < 7
-    call(monkeypatch, sweep.main, "--dry_run", *flags, *tiny)
+    call(sweep.main, "--dry_run", *flags)
     assert "every run has ended" in capfd.readouterr().out
-
-
-# ---- storm ----
-
-
-def test_every_difference_between_two_states_is_found():
-    a = dict(model=dict(w=torch.tensor([1.0, 2.0])), steps=[3, 4], rng=torch.tensor([7], dtype=torch.uint8))
-    assert storm.differences(a, a) == []
-    assert storm.differences(a, {**a, "model": dict(w=torch.tensor([1.0, 2.0000002]))}) == ["/model/w"]
-    assert storm.differences(a, {**a, "steps": [3, 5]}) == ["/steps/1"]
-    assert storm.differences(a, {**a, "model": dict(w=a["model"]["w"], more=1)}) == ["/model"]
-
-
-def test_a_doubled_log_line_is_found_and_a_step_with_its_evaluation_is_none(tmp_path):
-    lines = [dict(step=0, val_loss=5.0), dict(step=1, loss=5.0, ms=1.0), dict(step=1, val_loss=4.0)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert storm.logged(tmp_path) == {(0, True): lines[0], (1, False): dict(step=1, loss=5.0), (1, True): lines[2]}
-    with open(tmp_path / "log.jsonl", "a") as log:
-        log.write(json.dumps(lines[1]) + "\n")
-    with pytest.raises(UserError, match="step 1 is in the log twice"):
-        storm.logged(tmp_path)
-
-
-def stand_in_for_train(tmp_path, monkeypatch, *stormy):
-    """storm.py runs a script instead of train.py. It leaves a checkpoint and a log, in the disturbed run as the
-    statements `stormy` change them, and there it does not end by itself before it is resumed."""
-    state = dict(model=dict(w=torch.tensor([1.0])), optimizers=[], step=9, best_val=2.0, rng=torch.tensor([3]))
-    for name, w in (("good", 1.0), ("bad", 1.0000001)):
-        torch.save({**state, "model": dict(w=torch.tensor([w]))}, tmp_path / f"{name}.pt")
-    script = f"""
-import os, shutil, sys, time
-folder, resuming = sys.argv[1], "--resume" in sys.argv
-os.makedirs(folder, exist_ok=True)
-which, log = "good", '{{"step": 1, "loss": 2.0, "ms": 1.0}}\\n'
-if "stormy" in folder:
-    pass
-    {";".join(stormy)}
-shutil.copy(os.path.join({str(tmp_path)!r}, which + ".pt"), os.path.join(folder, "ckpt_000009.pt"))
-open(os.path.join(folder, "log.jsonl"), "w").write(log)
-if "stormy" in folder and not resuming:
-    time.sleep(60)
-"""
-    monkeypatch.setattr(storm, "command", lambda folder, flags: [
-        sys.executable, "-c", script, folder, *(["--resume"] if os.path.isdir(folder) else flags)])
-
-
-@pytest.mark.parametrize("stormy, words", [
-    ((), None), (("which = 'bad'",), "1 places of the last checkpoints differ.*/model/w.*logs are equal"),
-    (("log = log.replace('2', '3')",), "0 places .*logs are different"), (("log *= 2",), "step 1 is in the log twice"),
-    (("if resuming: sys.exit(1)",), "the rest of the disturbed run failed"),
-    (("sys.exit('no data')",), "after 0 kills train.py failed: no data")])
-def test_a_storm_tells_whether_the_end_is_that_of_an_undisturbed_run(tmp_path, monkeypatch, capsys, stormy, words):
-    stand_in_for_train(tmp_path, monkeypatch, *stormy)
-    if words is None:
-        assert call(monkeypatch, storm.main, "--kills=1", "--longest=1") is None
-        assert "1 kills: no checkpoint lost" in capsys.readouterr().out
-    else:
-        with pytest.raises(UserError, match=words):
-            call(monkeypatch, storm.main, "--kills=1", "--longest=1")
-
-
-@pytest.mark.slow
-def test_a_real_run_survives_a_storm(data):
-    flags = ["--kills=1", "--longest=5", "--max_steps=30", "--signal=TERM", f"--data={data}"]
-    done = subprocess.run([sys.executable, storm.__file__, *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "the end equals the undisturbed run bit for bit" in done.stdout and "validation loss" in done.stdout
