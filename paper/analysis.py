@@ -95,6 +95,11 @@ def attention_weights(attn, proj, at):
         yield scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
+def octaves(length):
+    """The octave of each position of a row, (length,): 0 | 1 | 2, 3 | 4 ... 7 | 8 ... 15 | ..., numbered from 0."""
+    return torch.frexp(torch.arange(length, dtype=torch.float32)).exponent.long()
+
+
 def positions_shown(length):
     """The tokens of a row that a token-similarity map shows."""
     return torch.linspace(0, length - 1, min(length, MAP_SIDE)).round().long()
@@ -112,7 +117,7 @@ class Watch:
         self.means = defaultdict(lambda: defaultdict(Spread))                       # [quantity][layer]
         self.covariance = [Covariance() for _ in range(layers + 1)]
         self.gamma = defaultdict(lambda: defaultdict(Spread))                       # [letter, anchor or current][layer]
-        self.norms = defaultdict(lambda: defaultdict(Spread))                       # the same
+        self.norms = defaultdict(lambda: defaultdict(float))                        # the same; sums over each octave
         self.alike, self.rows, self.row, self.maps = np.zeros((layers + 1,) * 2), 0, [], {}
         self.mapped = sorted({0, (layers + 1) // 2, layers})                        # layers with a map
 
@@ -166,9 +171,10 @@ class Watch:
     def see_mix(self, i, s, mix, args):
         """The two terms of Eq. 12 of letter s in layer i: their gammas, and the norm of each token's term."""
         *projections, gammas = args
-        lambdas = mix.lambda_anchor, mix.lambda_current
+        lambdas, octave = (mix.lambda_anchor, mix.lambda_current), octaves(projections[0].size(1)).to(gammas[0].device)
         for slot, x, lam, gamma in zip(("anchor", "current"), projections, lambdas, gammas):
-            self.norms[s, slot][i].add((gamma * lam * x.float()).flatten(2).norm(dim=-1))
+            norms = (gamma * lam * x.float())[0].flatten(1).norm(dim=-1).double()                         # (T,)
+            self.norms[s, slot][i] += torch.zeros(octave[-1] + 1).to(norms).index_add(0, octave, norms)
             if self.model.config.dynamic:
                 self.gamma[s, slot][i].add(gamma)
 
@@ -185,12 +191,13 @@ class Watch:
             tables[s] = {**tables.get(s, {}), "layers": list(layers), slot: moments}
         return tables
 
-    def anchor_use(self):
-        """{s: {layers, anchor, current}}: the mean norm of a token's gamma_1 lambda_1 S_anc and of its gamma_2 lambda_2
-        S_n, (H, D) taken as one vector."""
-        tables = {}
+    def anchor_use(self, length):
+        """{s: {layers, tokens: of each octave, anchor: [layer][octave], current: the same}}: the mean norm of a token's
+        gamma_1 lambda_1 S_anc and of its gamma_2 lambda_2 S_n, (H, D) taken as one vector."""
+        tokens, tables = torch.bincount(octaves(length)), {}
         for (s, slot), layers in self.norms.items():
-            tables[s] = {**tables.get(s, {}), "layers": list(layers), slot: [norm.mean for norm in layers.values()]}
+            norms = [(total.cpu() / (tokens * self.rows)).tolist() for total in layers.values()]
+            tables[s] = {**tables.get(s, {}), "layers": list(layers), "tokens": tokens.tolist(), slot: norms}
         return tables
 
     def hidden_similarity(self):
@@ -247,7 +254,7 @@ def analyse(model, windows, ablate_anchor=False):
         device=device.type, torch=str(torch.__version__), cross_entropy=loss / len(windows) / length,
         averages={name: sum(layers) / len(layers) for name, layers in by_layer.items()}, by_layer=by_layer,
         hidden_similarity=watch.hidden_similarity(), lambdas=lambdas_of(model), gammas=watch.gammas(),
-        anchor_use=watch.anchor_use(),
+        anchor_use=watch.anchor_use(length),
         token_maps=dict(positions=positions_shown(length).tolist(), layers=list(watch.maps),
                         maps=list(watch.maps.values())))
 
@@ -289,10 +296,11 @@ def band_correlation(one, other):
 
 
 def anchor_share(table):
-    """The anchor's share of the two mean norms in one letter's table of `anchor_use`, (layers,). 0: the anchor adds
-    nothing; 0.5: as much as the layer's own."""
+    """The anchor's share of the two mean norms in one letter's table of `anchor_use`: by layer, (layers,), and by layer
+    and octave of the position, (layers, octaves). 0: the anchor adds nothing; 0.5: as much as the layer's own."""
     anchor, current = (np.array(table[slot]) for slot in ("anchor", "current"))
-    return anchor / (anchor + current)
+    whole = [np.average(norms, axis=1, weights=table["tokens"]) for norms in (anchor, current)]
+    return whole[0] / (whole[0] + whole[1]), anchor / (anchor + current)
 
 
 def stage_3(similarity):

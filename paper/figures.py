@@ -8,6 +8,7 @@ Pictures of what table2.py measured.
     layers.png              likeness of a layer's hidden states to the embedding, and to the layer before
     lambda_ratio.png        median lambda1 / lambda2 of q, k, v, g (Figure 4): all with an anchor
     anchor_use.png          the anchor's share of what is mixed, by layer: all with an anchor
+    anchor_use_LABEL.png    the same by layer and position, one for each with an anchor
     lambda_map_LABEL.png    lambda1 / lambda2 of every channel of every layer (Figure 3), one for each with an anchor
     gamma_LABEL.png         weights of Eq. 11, mean and standard deviation over tokens, one for each dynamic model
     similarity_LABEL.png    token-similarity maps of three layers; likeness of all layers to each other, one for each
@@ -134,12 +135,12 @@ def page_of(tables, title):
     return page
 
 
-def heat_map(axes, values, limits, across, down, aspect="auto", **words):
+def heat_map(axes, values, limits, across, down, aspect="auto", names_shown=8, **words):
     """A map of (rows, columns), lighter for greater; beyond `limits` the colour is that of the limit, and nan is white.
-    `across` and `down` name equal parts of its columns and rows; at most 8 of them are shown."""
+    `across` and `down` name equal parts of its columns and rows; at most `names_shown` of them are shown."""
     image = axes.imshow(values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect=aspect, interpolation="nearest")
     for set_ticks, names, length in zip((axes.set_yticks, axes.set_xticks), (down, across), np.shape(values)):
-        shown, width = range(0, len(names), -(-len(names) // 8)), length / len(names)
+        shown, width = range(0, len(names), -(-len(names) // names_shown)), length / len(names)
         set_ticks([(i + 0.5) * width - 0.5 for i in shown], [names[i] for i in shown])
     axes.set(**words)
     return image
@@ -253,6 +254,19 @@ def draw_lambda_map(record, path):
     return page.finish(path)
 
 
+def draw_use_map(record, path):
+    """The anchor's share of the norms by position (across) and layer (down), for each mixed letter."""
+    shares = {s: anchor_share(table)[1] for s, table in record["anchor_use"].items()}
+    limits = inner_limits(np.concatenate([values.flatten() for values in shares.values()]))
+    page = page_of(shares, f"{record['label']}\nanchor's share of {TERMS}")
+    for axes, (s, values) in zip(page.axes, shares.items()):
+        octaves = ["0", "1"] + [f"{2 ** i}-{2 ** (i + 1) - 1}" for i in range(1, values.shape[1] - 1)]
+        image = heat_map(axes, values, limits, octaves, record["anchor_use"][s]["layers"], title=NAMES[s],
+                         xlabel="position", ylabel="layer")
+    page.figure.colorbar(image, ax=list(page.axes), aspect=40, extend="both", label="anchor's share")
+    return page.finish(path)
+
+
 def draw_gamma(record, path):
     """Dynamic weights by layer: mean over tokens, with one standard deviation up and down."""
     page = page_of(record["gammas"], f"{record['label']}\nweights of anchor and current projection (Eq. 11)")
@@ -294,12 +308,13 @@ def draw(records, folder):
     if any(map(mixed_letters, records)):
         yield draw_by_letter(records, styles, "lambdas", lambda table: np.median(ratio(table), axis=(1, 2)), 1, RATIO,
                              f"Median over channels of {RATIO}", path("lambda_ratio"))
-        yield draw_by_letter(records, styles, "anchor_use", anchor_share, 0.5, "anchor's share",
-                             f"Anchor's share of {TERMS}", path("anchor_use"))
+        yield draw_by_letter(records, styles, "anchor_use", lambda table: anchor_share(table)[0], 0.5,
+                             "anchor's share", f"Anchor's share of {TERMS}", path("anchor_use"))
     for record in records:
         yield draw_similarity(record, path(f"similarity_{record['label']}"))
         if mixed_letters(record):
             yield draw_lambda_map(record, path(f"lambda_map_{record['label']}"))
+            yield draw_use_map(record, path(f"anchor_use_{record['label']}"))
         if record["gammas"]:
             yield draw_gamma(record, path(f"gamma_{record['label']}"))
 

@@ -115,7 +115,7 @@ def print_mixing(records):
         for s, table in tables.items():
             with_k = elementwise and s == "q" and "k" in tables
             rows.append([r["label"], s, number(float(np.median(ratio(table), axis=(1, 2)).mean())),
-                         number(anchor_share(r["anchor_use"][s]).mean()), number(near_zero([table])),
+                         number(anchor_share(r["anchor_use"][s])[0].mean()), number(near_zero([table])),
                          number(between_heads(table) if elementwise else None),
                          number(band_correlation(table, tables["k"]) if with_k else None)])
         rows.append([r["label"], "all", "", "", number(near_zero(tables.values())), "", ""])

@@ -2,7 +2,7 @@
 Each quantity of analysis.py against a slow computation of its definition: Python loops in float64 on a tiny model whose
 attention and hidden states are recorded in another way than analysis.py does, and on two layers of a model as the
 paper's released code computed them (testdata/golden_two_layers.pt: weights, hidden states, gates, q and k of layer 2).
-Then what table2.py, figures.py, perplexity.py and export.py make of them.
+Then what table2.py, figures.py, usage.py, perplexity.py and export.py make of them.
 """
 import json
 import math
@@ -19,6 +19,7 @@ import export
 import figures
 import perplexity
 import table2
+import usage
 from model import ExoFormer, Positions, load_checkpoint, save_checkpoint, variant_config
 from prepare_fineweb import UserError
 
@@ -231,19 +232,30 @@ def test_gamma_statistics_match_the_formula(monkeypatch):
 
 @pytest.mark.parametrize("variant", ["resformer", "nuresformer", "exo_nonorm", "exo_dynamic"])
 def test_use_of_the_anchor_matches_loops(variant, monkeypatch):
-    """The mean norm of both terms of Eq. 12, token by token, and the anchor's share of the two means."""
+    """The mean norm of both terms of Eq. 12, token by token, over positions 0 | 1 | 2, 3 | 4 ... 7 | 8 ... 11; and the
+    anchor's share of the two means, by layer and by octave."""
     model, rows = tiny(variant), windows()
     tables = analysis.analyse(model, rows)["anchor_use"]
     states, _ = recorded(model, rows[:, :-1], monkeypatch)
+    places = [range(0, 1), range(1, 2), range(2, 4), range(4, 8), range(8, LENGTH)]
     assert list(tables) == list(model.config.mix)
     for s, table in tables.items():
         assert table["layers"] == [i for i, layer in enumerate(model.layers, 1) if s in layer.attn.mix]
+        by_layer, by_octave = analysis.anchor_share(table)
         for row, i in enumerate(table["layers"]):
             terms = terms_by_formula(model, model.layers[i - 1], states[i - 1], states[0], s)
-            anchor, current = (mean(math.sqrt(sum(x * x for x in token))
-                                    for token in term.flatten(2).flatten(0, 1).tolist()) for term in terms)
-            assert (table["anchor"][row], table["current"][row]) == pytest.approx((anchor, current), rel=1e-5)
-            assert analysis.anchor_share(table)[row] == pytest.approx(anchor / (anchor + current), rel=1e-5)
+            norms = [[[math.sqrt(sum(x * x for x in token)) for token in part] for part in term.flatten(2).tolist()]
+                     for term in terms]                                              # [anchor, current][row][token]
+            means = [[mean(part[t] for part in norm for t in place) for place in places] for norm in norms]
+            assert table["anchor"][row] == pytest.approx(means[0], rel=1e-5)
+            assert table["current"][row] == pytest.approx(means[1], rel=1e-5)
+            whole = [mean(x for part in norm for x in part) for norm in norms]
+            assert by_layer[row] == pytest.approx(whole[0] / (whole[0] + whole[1]), rel=1e-5)
+            assert by_octave[row] == pytest.approx([a / (a + c) for a, c in zip(*means)], rel=1e-5)
+
+
+def test_octaves_are_lengths_in_binary():
+    assert analysis.octaves(2048).tolist() == [i.bit_length() for i in range(2048)]
 
 
 @pytest.mark.parametrize("granularity, shape", [("scalar", (1, 1)), ("headwise", (2, 1)), ("elementwise", (2, 6))])
@@ -380,16 +392,18 @@ def test_golden_attention():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, write_data):
-    """Shards of 200 validation tokens in data/, and a run folder with a checkpoint for each of two variants."""
+    """Shards of 200 validation tokens in data/, and a run folder with two checkpoints for each of two variants."""
     root = tmp_path_factory.mktemp("analysis")
     tokens = np.random.default_rng(4).integers(0, 39, 200)
     tokens[::17] = 39
     write_data(root / "data", tokens)
     for variant in ("base", "exo_dynamic"):
         (root / variant).mkdir()
-        model = tiny(variant)
-        save_checkpoint(str(root / variant / "ckpt_000007.pt"),
-                        dict(model_config=vars(model.config), model=model.state_dict()))
+        for step, scale in ((3, 1.5), (7, 1.0)):
+            model = tiny(variant)
+            save_checkpoint(str(root / variant / f"ckpt_{step:06d}.pt"), dict(
+                model_config=vars(model.config), model={n: scale * p for n, p in model.state_dict().items()},
+                train_config=dict(data=str(root / "data"), total_batch_size=1000)))
     return root
 
 
@@ -428,7 +442,7 @@ def planted(**changes):
     layers = 30
     similarity = [0.1] + [0.5, 0.9, 0.8] + [0.6, 0.7, 0.8, 0.85, 0.9, 0.95] + [0.9] * 20 + [0.4]
     lambdas = dict(layers=[1], anchor=[[[0.0005, 1.0, 1.0, 1.0]] * 2], current=[[[1.0, 1.0, 1.0, 1.0]] * 2])
-    use = dict(layers=[1], anchor=[1.0], current=[3.0])
+    use = dict(layers=[1], tokens=[1, 3], anchor=[[1.0, 1.0]], current=[[3.0, 3.0]])
     record = dict(
         label="mine", variant="exo", ablate_anchor=False, cross_entropy=3.0,
         model_config=dict(n_layer=layers, n_embd=64, anchor="exogenous", anchor_norm="qkvg", granularity="elementwise"),
@@ -512,6 +526,24 @@ def test_perplexity_of_our_own_checkpoint(folder, call, capsys):
     assert "exo_dynamic\n" in printed and "the paper's 457 M model: 14.09 over" in printed
 
 
+def test_use_over_training_is_that_of_each_checkpoint(folder, call, capsys):
+    """Tokens from the step and the run's batch, quantities of each checkpoint on its run's own first validation row; the
+    table holds the last checkpoint."""
+    call(usage.main, folder / "base", folder / "exo_dynamic")
+    tokens, use = usage.use_over_training(str(folder / "exo_dynamic"))
+    assert tokens.tolist() == [3000, 7000] and list(use) == list(usage.QUANTITIES)
+    for column, step in enumerate((3, 7)):
+        model = load_checkpoint(folder / "exo_dynamic" / f"ckpt_{step:06d}.pt")
+        record = analysis.analyse(model, analysis.validation_windows(str(folder / "data"), model.config, 1))
+        assert use["attention_sink"][:, column].tolist() == record["by_layer"]["attention_sink"]
+        assert use["pca_core_features"][:, column].tolist() == record["by_layer"]["pca_core_features"][1:]
+        assert use["k"][:, column].tolist() == analysis.anchor_share(record["anchor_use"]["k"])[0].tolist()
+    rows = rows_under("Averages over layers", capsys.readouterr().out)
+    assert rows["base"][3:] == ["-"] * 5 and rows["exo_dynamic"][4] == f"{use['q'][:, 1].mean():.4f}"
+    with pytest.raises(UserError, match="no checkpoint"):
+        call(usage.main, folder / "data")
+
+
 def test_exported_weights_come_back_bit_for_bit(folder, tmp_path, call, monkeypatch, capsys):
     """safetensors and JSON give the model again; a tensor that changed in its last bit is named."""
     pytest.importorskip("safetensors", reason="safetensors is not installed (paper/requirements.txt)")
@@ -555,8 +587,8 @@ def test_every_picture_is_drawn_and_labelled(records, pages, tmp_path):
     """All pictures that the numbers allow, each panel with named axes and what it shows."""
     paths = list(figures.draw(records, str(tmp_path)))
     assert {pathlib.Path(path).read_bytes()[:4] for path in paths} == {b"\x89PNG"}
-    assert sorted(pages) == sorted(["by_layer", "layers", "gates", "lambda_ratio", "anchor_use", "lambda_map_odd",
-                                    "gamma_cut", "similarity_base", "similarity_odd", "similarity_cut"])
+    assert sorted(pages) == sorted(["by_layer", "layers", "gates", "lambda_ratio", "anchor_use", "anchor_use_odd",
+                                    "lambda_map_odd", "gamma_cut", "similarity_base", "similarity_odd", "similarity_cut"])
     base, odd, _ = records
     assert pages["by_layer"].axes[2].lines[0].get_ydata().tolist() == base["by_layer"]["token_similarity"]
     shown = pages["lambda_map_odd"].axes[1].images[0].get_array()
@@ -564,6 +596,20 @@ def test_every_picture_is_drawn_and_labelled(records, pages, tmp_path):
     for page in pages.values():
         panels = [axes for axes in page.axes if axes.axison]
         assert all(axes.get_xlabel() and axes.get_ylabel() and (axes.lines or axes.images) for axes in panels)
+
+
+def test_usage_picture_has_a_map_of_each_run_and_one_scale_for_each_column(folder, pages, call, tmp_path, monkeypatch):
+    """Rows are the runs; in each the quantities it has, as measured, and the limits of a column are shared."""
+    monkeypatch.setattr(usage, "QUANTITIES", {name: usage.QUANTITIES[name] for name in ("attention_sink", "q", "g")})
+    runs = [str(folder / name) for name in ("base", "exo_dynamic")]
+    call(usage.main, *runs, f"--png={tmp_path / 'usage.png'}")
+    grid = pages["usage"].axes.reshape(2, -1)
+    assert [sum(axes.axison for axes in row) for row in grid] == [1, 3]
+    for row, run in zip(grid, runs):
+        for axes, name in zip(row, usage.QUANTITIES):
+            if axes.axison:
+                np.testing.assert_array_equal(axes.images[0].get_array(), usage.use_over_training(run)[1][name])
+    assert all(len({axes.images[0].get_clim() for axes in column if axes.axison}) == 1 for column in grid.T)
 
 
 def test_names_of_a_map_lie_in_the_middle_of_their_parts(pages):

@@ -16,7 +16,7 @@ import analysis
 import perplexity
 import prepare_fineweb
 import released
-from model import ExoFormer, load_checkpoint, variant_config, variant_name
+from model import load_checkpoint, variant_config, variant_name
 from prepare_fineweb import UserError
 
 GOLDEN = torch.load(pathlib.Path(__file__).parent / "testdata" / "golden_two_layers.pt", weights_only=True)
