@@ -1,8 +1,9 @@
 """
 Tests of eval_hellaswag.py and compare_hellaswag.py. CPU only, no network.
 
-The texts and tokens to expect are lm_eval 0.4.13's (testdata/hellaswag_golden.json; test_six_tasks.py compares
-with lm_eval itself where it is installed); scores are compared with a loop that runs every row by itself and adds log-probabilities in float64.
+The texts and tokens to expect are lm_eval 0.4.13's (testdata/hellaswag_golden.json; test_six_tasks.py compares with
+lm_eval itself where it is installed); scores are compared with a loop that runs every row by itself and adds
+log-probabilities in float64.
 """
 import gzip
 import hashlib
