@@ -225,7 +225,7 @@ def check_speed(device, data):
         if n_layer == few:
             yield f"forward and backward of {variant}, times gated, {few} layers", one / passes["gated", few], None
     name, gigabytes = f"{variant}, {n_layer} layers", device == "cuda" and torch.cuda.max_memory_allocated() / 1e9
-    yield f"GB at the most, batch 16: {name} (traced: 58 to 66)", gigabytes or None, 66
+    yield f"GB at the most, batch 16: {name} (traced: 58)", gigabytes or None, 66
     rate = 8 * batch[0].numel() / (7 * one + update)                               # as the recipe: 8 passes to a step
     flops = rate * flops_per_token(trainer.model, batch[0].size(1))
     yield f"tokens/s: {name}", rate, None
