@@ -75,7 +75,7 @@ def parse_rows(data, path):
                 row = json.loads(line)
                 texts = [row["ctx"], row["ctx_a"], row["ctx_b"], row["activity_label"]] + row["endings"]
                 if [type(text) for text in texts] != 8 * [str] or str(row["label"]) not in ("0", "1", "2", "3"):
-                    raise ValueError("ctx, ctx_a, ctx_b, activity_label and four endings are due as texts, label 0 to 3")
+                    raise ValueError("ctx, ctx_a, ctx_b, activity_label and four endings must be texts, label 0 to 3")
                 rows.append({**row, "label": int(row["label"])})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: not a HellaSwag item ({type(error).__name__}: {error})") from None

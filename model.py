@@ -591,7 +591,7 @@ class ExoFormer(nn.Module):
         return self.final_norm(x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., padded_vocab); columns from vocab_size on are -inf: by a bias, which costs no pass of its own."""
+        """(..., C) -> (..., padded_vocab); a bias makes the columns from vocab_size on -inf, without another pass."""
         padding = hidden.new_zeros(self.config.padded_vocab)
         padding[self.config.vocab_size:] = -torch.inf
         return F.linear(hidden, self.head.weight, padding)

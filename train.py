@@ -477,7 +477,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config)
         self.objective = Objective(self.model, config)
         if config.compile == "true":
-            # a value that 3 kernels read is kept, not computed 3 times: by tracing for an H100, 6 % of exo_dynamic's step
+            # a value that 3 kernels read is kept, not computed 3 times: 6 % of exo_dynamic's traced time on an H100
             options = dict(realize_reads_threshold=3) if config.device == "cuda" else {}
             self.objective.compile(fullgraph=True, dynamic=False, options=options)
         self.step, self.best_val = 0, math.inf

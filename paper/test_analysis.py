@@ -527,8 +527,8 @@ def test_perplexity_of_our_own_checkpoint(folder, call, capsys):
 
 
 def test_use_over_training_is_that_of_each_checkpoint(folder, call, capsys):
-    """Tokens from the step and the run's batch, quantities of each checkpoint on its run's own first validation row; the
-    table holds the last checkpoint."""
+    """Tokens from the step and the run's batch, quantities of each checkpoint on its run's own first validation row;
+    the table holds the last checkpoint."""
     call(usage.main, folder / "base", folder / "exo_dynamic")
     tokens, use = usage.use_over_training(str(folder / "exo_dynamic"))
     assert tokens.tolist() == [3000, 7000] and list(use) == list(usage.QUANTITIES)
@@ -588,7 +588,8 @@ def test_every_picture_is_drawn_and_labelled(records, pages, tmp_path):
     paths = list(figures.draw(records, str(tmp_path)))
     assert {pathlib.Path(path).read_bytes()[:4] for path in paths} == {b"\x89PNG"}
     assert sorted(pages) == sorted(["by_layer", "layers", "gates", "lambda_ratio", "anchor_use", "anchor_use_odd",
-                                    "lambda_map_odd", "gamma_cut", "similarity_base", "similarity_odd", "similarity_cut"])
+                                    "lambda_map_odd", "gamma_cut"]
+                                   + [f"similarity_{label}" for label in ("base", "odd", "cut")])
     base, odd, _ = records
     assert pages["by_layer"].axes[2].lines[0].get_ydata().tolist() == base["by_layer"]["token_similarity"]
     shown = pages["lambda_map_odd"].axes[1].images[0].get_array()
