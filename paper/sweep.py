@@ -47,9 +47,9 @@ SIX = ["base", "gated", "resformer", "nuresformer", "exo", "exo_dynamic"]
 SETTINGS = {  # (seeds, train.py flags on top of --preset=smoke); every evaluation reads the same tokens
     "quarter_hour": ([1], dict(n_layer=10, n_head=2, n_embd=64, max_steps=300, eval_every=30, eval_tokens=65536,
                                final_eval_tokens=65536, save_every=100, sample_tokens=0)),
-    "overnight": ([1, 2, 3], dict(n_layer=10, n_head=4, n_embd=128, max_steps=1500, warmup_steps=50, eval_every=75,
-                                  eval_tokens=131072, final_eval_tokens=131072, save_every=250, log_every=50,
-                                  sample_tokens=0)),
+    "overnight": ([1, 2, 3], dict(n_layer=10, n_head=4, n_embd=128, batch_size=4, total_batch_size=4096, max_steps=500,
+                                  warmup_steps=40, eval_every=50, eval_tokens=65536, final_eval_tokens=65536,
+                                  save_every=100, log_every=50, sample_tokens=0, dtype="float32", compile="true")),
 }
 
 ADAMW = [dict(optimizer="adamw", adamw_lr=rate) for rate in (0.001, 0.003, 0.01)]
