@@ -1,26 +1,19 @@
 """Tests of check_gpu.py: what its rows say, that a wrong result fails, and what it prints where there is no GPU."""
-import os
-import sys
-
 import pytest
 import torch
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 
 import check_gpu
 from model import KVCache, git_revision
 from prepare_fineweb import command_line
-from test_compare import call
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(call, monkeypatch, capsys):
     """run(*flags): (exit code, lines before the block to paste, lines in it); no check here needs training data."""
     monkeypatch.setattr(check_gpu, "write_default_shards", lambda folder: None)
 
     def run(*flags):
-        code = call(monkeypatch, check_gpu.main, *flags)
+        code = call(check_gpu.main, *flags)
         before, block = capsys.readouterr().out.split("\nTo paste into an issue:\n\n```\n")
         return code, before.splitlines(), block.removesuffix("\n```\n").splitlines()
     return run
@@ -67,8 +60,8 @@ def test_what_needs_two_gpus_says_so_and_is_no_failure(monkeypatch):
         ("skip", "skip  2 processes against 1: needs two GPUs, here 1")]
 
 
-def test_no_gpu_is_one_line(monkeypatch):
+def test_no_gpu_is_one_line(call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        command_line(lambda: call(monkeypatch, check_gpu.main, "--device=cuda"))
+        command_line(lambda: call(check_gpu.main, "--device=cuda"))
     assert "--device=cuda is not there: torch can use cpu" in stopped.value.code and "\n" not in stopped.value.code
