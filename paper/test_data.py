@@ -469,8 +469,9 @@ def test_too_little_memory_is_one_line(tmp_path, room, words):
     (["--shards=100"], 2, "--shards is 0 to 99"), (["--input", "x.txt"], 2, "--out=DIR"),
     (["--workers=0"], 2, "--workers at least 1"), (["--val_fraction=1"], 2, "--val_fraction from 0 to below 1"),
     (["--shard_tokens=1"], 2, "--shard_tokens 2 to"), (["verfy"], 2, "verfy"),
-    (["--input=nowhere.txt", "--out=out"], 1, "No such file or directory: 'nowhere.txt'"),
-    (["--input=*.zzz", "--out=out"], 1, "*.zzz"), (["--input=.", "--out=out"], 1, "Is a directory: '.'"),
+    (["--input=nowhere.txt", "--out=out", "--tokenizer=bytes"], 1, "No such file or directory: 'nowhere.txt'"),
+    (["--input=*.zzz", "--out=out", "--tokenizer=bytes"], 1, "*.zzz"),
+    (["--input=.", "--out=out", "--tokenizer=bytes"], 1, "Is a directory: '.'"),
     (["--input=a.txt", "--out=a.txt/sub"], 1, "a.txt"),
     (["verify", "--out=nowhere"], 1, "no shards here"), (["--tokenizer=klingon"], 2, "klingon"),
 ])
