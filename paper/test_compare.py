@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import pathlib
 import statistics
 from dataclasses import asdict
 
@@ -231,3 +232,19 @@ def test_the_picture_has_a_curve_for_every_row_with_the_spread_as_a_band(tmp_pat
     assert axes.lines[1].get_xdata().tolist() == pytest.approx([2e-4, 4e-4])
     assert axes.collections[1].get_paths()[0].vertices[:, 1].max() == pytest.approx(5.2)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readmes_hold_the_numbers_of_the_committed_results():
+    """Each row's loss, perplexity and differences stand in one line of the table of paper/README.md; the six variants'
+    losses stand in their lines of README.md."""
+    here = pathlib.Path(__file__).parent
+    paths = [*sorted(here.glob("results/seed?.jsonl")), *sorted(here.glob("results/control_seed?.jsonl"))]
+    groups, _ = compare.summarise([run for path in paths for run in compare.read_runs(str(path))])
+    lines, top = ((folder / "README.md").read_text().splitlines() for folder in (here, here.parent))
+    for group in groups:
+        cells = compare.cells_of(group, groups)
+        row, = [line for line in lines if line.startswith(f"| {group.label} | {cells['layers']} |")]
+        assert [cells[name] for name in cells if f" {cells[name]} |" not in row and name in (
+            "val loss", "perplexity", "loss - base", "tokens, base / own", "loss - gated", "tokens, gated / own")] == []
+        small = [line for line in top if line.startswith(f"| {group.label} |")]
+        assert all(line.endswith(f" {group.loss[0]:.4f} |") for line in small) and len(small) <= 1
