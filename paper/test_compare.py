@@ -238,7 +238,7 @@ def test_the_readmes_hold_the_numbers_of_the_committed_results():
     """Each row's loss, perplexity and differences stand in one line of the table of paper/README.md; the six variants'
     losses stand in their lines of README.md."""
     here = pathlib.Path(__file__).parent
-    paths = [*sorted(here.glob("results/seed?.jsonl")), *sorted(here.glob("results/control_seed?.jsonl"))]
+    paths = [path for kind in ("six", "rest", "control") for path in sorted(here.glob(f"results/{kind}_seed?.jsonl"))]
     groups, _ = compare.summarise([run for path in paths for run in compare.read_runs(str(path))])
     lines, top = ((folder / "README.md").read_text().splitlines() for folder in (here, here.parent))
     for group in groups:
