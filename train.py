@@ -670,11 +670,11 @@ def save(trainer, folder, needed):
 def prepare(argv):
     """(Trainer, RunFolder or None) from the command line, at step 0 or where the run in the folder stopped."""
     variant, preset, given = parse_flags(argv)
-    if preset and given.get("resume"):
+    resuming = given.get("resume", False)
+    if resuming and preset:
         print0(f"--preset={preset} names the folder only: a resumed run keeps its settings")
     preset = preset or ("paper" if torch.cuda.is_available() and os.path.isdir(FINEWEB) else "smoke")
     given["out_dir"] = given.get("out_dir") or f"out/{preset}-{variant or 'exo_dynamic'}"
-    resuming = given.get("resume", False)
     if resuming and not os.path.isdir(given["out_dir"]):
         raise UserError(f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
     if WORLD_SIZE > 1:
