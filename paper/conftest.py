@@ -2,7 +2,6 @@
 What the tests of this folder share. One thread for them and for every process that they start: threads that wait for a
 core spin.
 """
-import json
 import os
 import sys
 
@@ -14,7 +13,7 @@ torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 
-from prepare_fineweb import write_shard
+from prepare_fineweb import write_meta, write_shard
 
 
 def pytest_configure(config):
@@ -40,8 +39,7 @@ def write_data():
         os.makedirs(folder, exist_ok=True)
         for split in ("train", "val"):
             write_shard(os.path.join(folder, f"text_{split}_000000.bin"), tokens)
-        with open(os.path.join(folder, "meta.json"), "w") as file:
-            json.dump(dict(tokenizer="bytes"), file)
+        write_meta(folder, dict(tokenizer="bytes"))
         return str(folder)
 
     return write_data

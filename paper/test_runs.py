@@ -399,7 +399,8 @@ def test_three_processes_train_like_one_and_sigterm_saves_once(data, tmp_path):
     bit. SIGTERM comes to torchrun, which passes it on to each process."""
     flags = ["--variant=exo_dynamic", "--batch_size=1", "--total_batch_size=192", "--eval_every=10", "--save_every=20",
              "--max_steps=100000", "--keep=0"]
-    one, folder = train_fully(tmp_path / "one", data, *flags, stop_after=21), tmp_path / "three"
+    train_fully(tmp_path / "one", data, *flags, stop_after=21)
+    folder = tmp_path / "three"
     process = launch_ranks(3, folder, *SMALL, f"--data={data}", *flags, *FAST_START)
     wait_for(lambda: len(log_of(folder, "loss")) > 21 if lines_of(folder) else False)
     process.terminate()
