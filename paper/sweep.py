@@ -8,8 +8,9 @@ Train several variants with several seeds at one size on one data folder, and pu
     python paper/sweep.py --variants=base,exo --seeds=1,2 -- --n_layer=20 --max_steps=500     flags of train.py after --
 
 Each run is a `python train.py` in OUT_DIR/NAME. The same command again goes on where it stopped: runs that finished or
-diverged are skipped, a stopped one is resumed. After every run OUT_DIR gets table.md, curves.png and runs.jsonl of all
-that have ended; compare.py makes the first two again from the last, which is small and meant to be kept.
+diverged are skipped, a stopped one is resumed, and an ablation takes the runs that another sweep left in OUT_DIR. After
+every run OUT_DIR gets variants.md, .png and .jsonl, or those of the ablation's name: table, curves and all runs of the
+sweep that have ended. compare.py makes the first two again from the last, which is small and meant to be kept.
 
 Sizes are matched as in the paper: --n_layer counts layers with the gate, and a variant without it gets 1.1 times as
 many (32 for 29), since its layer has 10 C^2 weights instead of 11; that comes out even for multiples of 10. Exogenous
@@ -53,18 +54,20 @@ SETTINGS = {  # (seeds, train.py flags on top of --preset=smoke); every evaluati
 }
 
 ADAMW = [dict(optimizer="adamw", adamw_lr=rate) for rate in (0.001, 0.003, 0.01)]
-UNNORMED = [dict(qk_norm=qk_norm, anchor_norm=letters) for qk_norm in (True, False) for letters in ("qkvg", "vg")]
+UNNORMED = [{}, dict(anchor_norm="vg"), dict(qk_norm=False), dict(qk_norm=False, anchor_norm="vg")]
 
-ABLATIONS = {  # questions the paper leaves open: (variant, the flags that change); a variant's first is the paper's way
-    "optimizer": [(variant, change) for variant in ("gated", "exo") for change in (dict(optimizer="muon"), *ADAMW)],
-    "lambda_init": [("exo", dict(lambda_init=value)) for value in (0.5, 0.0, 0.25, 1.0)],
-    "anchor_norm": [("exo", dict(anchor_norm=letters)) for letters in ("qkvg", "", "q", "k", "v", "g", "qk", "vg")],
-    "mix": [("exo", dict(mix=letters, anchor_norm=letters))
-            for letters in ("qkvg", "q", "k", "v", "g", "qk", "vg", "qkv", "kvg")],
-    "qk_norm": [("exo", dict(muon_lr=rate, **change)) for rate in (0.01, 0.03, 0.1) for change in UNNORMED],
-    "norm_position": [(variant, dict(norm_position=place)) for variant in ("base", "gated", "exo")
-                      for place in ("pre", "after", "both")],
-    "window": [(variant, dict(window=tokens)) for variant in ("gated", "exo") for tokens in (0, 64, 16)],
+ABLATIONS = {  # questions the paper leaves open: (variant, the flags that change); none change in the paper's own way
+    "optimizer": [(variant, change) for variant in ("gated", "exo") for change in ({}, *ADAMW)],
+    "lambda_init": [("exo", {}), *[("exo", dict(lambda_init=value)) for value in (0.0, 0.25, 1.0)]],
+    "anchor_norm": [("exo", {}), *[("exo", dict(anchor_norm=letters))
+                                   for letters in ("", "q", "k", "v", "g", "qk", "vg")]],
+    "mix": [("exo", {}), *[("exo", dict(mix=letters, anchor_norm=letters))
+                           for letters in ("q", "k", "v", "g", "qk", "vg", "qkv", "kvg")]],
+    "qk_norm": [("exo", {**rate, **change}) for rate in ({}, dict(muon_lr=0.03), dict(muon_lr=0.1))
+                for change in UNNORMED],
+    "norm_position": [(variant, change) for variant in ("base", "gated", "exo")
+                      for change in ({}, dict(norm_position="after"), dict(norm_position="both"))],
+    "window": [(variant, change) for variant in ("gated", "exo") for change in ({}, dict(window=64), dict(window=16))],
     "internal": [("nuresformer", {}), ("nuresformer", dict(dynamic=True)), ("exo", {}), ("exo_dynamic", {})],
 }
 
@@ -123,7 +126,7 @@ def plan(args):
         raise UserError(f"-- --{ours[0]}: the sweep sets it itself; see --variants, --seeds, --data and --out_dir")
     flags = {**flags, **given, "data": args.data or fresh_settings("base", "smoke", {})[1].data}
     experiments = ABLATIONS[args.ablation] if args.ablation else [(name, {}) for name in args.variants]
-    out_dir = args.out_dir or f"out/sweep-{args.setting}" + (f"-{args.ablation}" if args.ablation else "")
+    out_dir = args.out_dir or f"out/sweep-{args.setting}"            # one for all, so that a run is never made twice
     jobs = [Job(name, change, {**flags, **change, "seed": seed, "n_layer": layers_of(name, flags["n_layer"])}, out_dir)
             for seed in args.seeds or seeds for name, change in experiments]
     for job in jobs:                                                        # before the first run, not between two
@@ -211,8 +214,8 @@ def run_to_end(command):
             signal.signal(number, handler)
 
 
-def run(jobs):
-    """Do every run that has not ended. Exit code: 0, or that of a run that was stopped or failed."""
+def run(jobs, name):
+    """Do every run that has not ended, and tabulate after each. Exit code: 0, or that of one that stopped or failed."""
     todo, began = [job for job in jobs if job.state() in ("new", "stopped")], time.monotonic()
     for i, job in enumerate(todo):
         spent, state = time.monotonic() - began, job.state()
@@ -226,7 +229,7 @@ def run(jobs):
             say(f"sweep.py: {job.name} " + ("was stopped; the same command goes on from there" if code < 0 or code > 128
                                             else f"failed with exit code {code}; its last line says why"))
             return code if code > 0 else 128 - code
-        tabulate(jobs)
+        tabulate(jobs, name)
     return 0
 
 
@@ -237,21 +240,22 @@ def remember_divergence(job):
         log.write(json.dumps(dict(step=last["step"], tokens=last["tokens"], diverged=True)) + "\n")
 
 
-def tabulate(jobs):
-    """Write runs.jsonl, table.md and curves.png of the runs that have ended; returns the lines of the table."""
+def tabulate(jobs, name):
+    """Write NAME.jsonl, .md and .png of the runs that have ended; returns the lines of the table."""
     ended = [job for job in jobs if job.state() in ("finished", "diverged")]
     missing = [f"NOT FINISHED: {job.name}" for job in jobs if job not in ended]
     if not ended:
         return missing
     runs = [compare.read_run(job.folder) for job in ended]
     groups, lines = compare.summarise(runs)
-    compare.write_runs(runs, os.path.join(jobs[0].out_dir, "runs.jsonl"))
-    with atomic_write(os.path.join(jobs[0].out_dir, "table.md")) as file:
+    path = os.path.join(jobs[0].out_dir, name)
+    compare.write_runs(runs, f"{path}.jsonl")
+    with atomic_write(f"{path}.md") as file:
         file.write("\n".join([*lines, *missing, ""]).encode())
     try:
-        draw_curves(groups, os.path.join(jobs[0].out_dir, "curves.png"))
+        draw_curves(groups, f"{path}.png")
     except UserError as error:                                                  # no matplotlib: the table stands alone
-        say(f"no curves.png: {error}")
+        say(f"no {name}.png: {error}")
     return lines + missing
 
 
@@ -287,7 +291,7 @@ def parse_arguments():
     parser.add_argument("--data", default="",
                         help="folder of token shards (default: train.py's, Python's own sources byte by byte)")
     parser.add_argument("--out_dir", default="",
-                        help="folder of the runs and the table (default: out/sweep-SETTING[-ABLATION])")
+                        help="folder of the runs and tables (default: out/sweep-SETTING)")
     parser.add_argument("--dry_run", action="store_true", help="train nothing; print what would run and how long")
     parser.add_argument("train_flags", nargs="*", metavar="-- FLAG",
                         help="flags of train.py, which override the setting's")
@@ -301,8 +305,8 @@ def main():
     if args.dry_run:
         return dry_run(jobs)
     with locked(jobs[0].out_dir):
-        code = run(jobs)
-        say("\n".join(tabulate(jobs)))
+        code = run(jobs, args.ablation or "variants")
+        say("\n".join(tabulate(jobs, args.ablation or "variants")))
     return code
 
 

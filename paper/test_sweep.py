@@ -57,14 +57,14 @@ def jobs_of(call, data):
 
 @pytest.fixture
 def run_sweep(tmp_path, data, call, monkeypatch):
-    """run_sweep(fake, *flags): the exit code of a sweep of base and exo with two seeds, with `fake` for train.py and
-    without pictures, which take seconds."""
+    """run_sweep(fake, *flags, what=...): the exit code of a sweep with two seeds, of base and exo where nothing else is
+    asked for, with `fake` for train.py and without pictures, which take seconds."""
 
-    def run(fake, *flags):
+    def run(fake, *flags, what="--variants=base,exo"):
         monkeypatch.setattr(sweep, "run_to_end", fake)
         monkeypatch.setattr(sweep, "draw_curves", lambda groups, path: None)
-        return call(sweep.main, f"--data={data}", f"--out_dir={tmp_path / 's'}", "--variants=base,exo", "--seeds=1,2",
-                    "--", "--n_layer=10", "--max_steps=20", *flags)
+        return call(sweep.main, f"--data={data}", f"--out_dir={tmp_path / 's'}", what, "--seeds=1,2", "--",
+                    "--n_layer=10", "--max_steps=20", *flags)
 
     return run
 
@@ -76,18 +76,26 @@ def no_run(command):
 def test_a_sweep_stopped_in_the_middle_goes_on_where_it_stopped(tmp_path, run_sweep, capsys):
     fake, folder = FakeTrain({"exo-seed1": (143, 10)}), tmp_path / "s"
     assert run_sweep(fake) == 143 and fake.commands == [("base-seed1", False), ("exo-seed1", False)]
-    assert "NOT FINISHED: exo-seed1" in (folder / "table.md").read_text()
+    assert "NOT FINISHED: exo-seed1" in (folder / "variants.md").read_text()
     fake.commands.clear()
     assert run_sweep(fake) == 0
     assert fake.commands == [("exo-seed1", True), ("base-seed2", False), ("exo-seed2", False)]
     capsys.readouterr()
     assert run_sweep(no_run) == 0
-    runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    runs = [json.loads(line) for line in (folder / "variants.jsonl").read_text().splitlines()]
     assert [(run["name"], run["settings"]["n_layer"], run["points"][-1]) for run in runs] == [
         ("base-seed1", 11, [2000, 4.1]), ("exo-seed1", 10, [2000, 3.1]), ("base-seed2", 11, [2000, 4.2]),
         ("exo-seed2", 10, [2000, 3.2])]
-    table = (folder / "table.md").read_text()
+    table = (folder / "variants.md").read_text()
     assert "NOT FINISHED" not in table and "-1.0000 +- 0.0000" in table and table in capsys.readouterr().out
+
+
+def test_an_ablation_takes_the_runs_of_another_sweep_and_leaves_its_table(tmp_path, run_sweep):
+    fake = FakeTrain({})
+    assert run_sweep(fake) == run_sweep(fake, what="--ablation=lambda_init") == 0
+    assert [name for name, _ in fake.commands if name.startswith("exo-seed")] == ["exo-seed1", "exo-seed2"]
+    assert "exo lambda_init=0.25" in (tmp_path / "s" / "lambda_init.md").read_text()
+    assert "base" in (tmp_path / "s" / "variants.md").read_text()
 
 
 @pytest.mark.parametrize("log, saved, state", [
@@ -109,7 +117,7 @@ def test_a_diverged_run_is_named_not_tried_again_and_the_others_go_on(tmp_path, 
     assert run_sweep(no_run) == 0
     out = capsys.readouterr().out
     assert out.count("DIVERGED: exo-seed1 after step 10") == 2 and "| exo     | 1 " in out
-    assert '"diverged": true' in (tmp_path / "s" / "runs.jsonl").read_text()
+    assert '"diverged": true' in (tmp_path / "s" / "variants.jsonl").read_text()
 
 
 def test_a_folder_with_a_run_of_other_settings_is_refused(run_sweep):
@@ -191,7 +199,7 @@ def test_a_dry_run_measures_and_a_sweep_of_real_training_finishes(tmp_path, data
     said = capfd.readouterr().out
     assert "ms per step of 32 tokens" in said and "1 of 1 runs to do" in said and not (tmp_path / "s").exists()
     assert call(sweep.main, *flags) == 0
-    run = json.loads((tmp_path / "s" / "runs.jsonl").read_text())
+    run = json.loads((tmp_path / "s" / "variants.jsonl").read_text())
     assert (run["variant"], run["tokens"], run["settings"]["n_layer"]) == ("exo", 128, 1)
     assert 3 < run["points"][-1][1] < 7
     call(sweep.main, "--dry_run", *flags)
