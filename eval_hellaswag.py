@@ -30,7 +30,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from model import KVCache, choose_device, compute_dtype, load_checkpoint
-from prepare_fineweb import Progress, UserError, atomic_write, command_line, download, get_tokenizer, say
+from prepare_fineweb import Progress, UserError, atomic_write, command_line, download, get_tokenizer, json_lines, say
 
 # --------------------------------------------------------------------------------------------------------------- 1 data
 
@@ -54,7 +54,10 @@ def read_split(split, path=""):
     data = read_bytes(name)
     if not path and hashlib.sha256(data).hexdigest() != SHA256[split]:
         raise UserError(f"{name} is not the official file; remove it and run again")
-    return parse_rows(data, name)
+    rows = list(json_lines(data.split(b"\n"), name, "a HellaSwag item", checked))
+    if not rows:
+        raise UserError(f"{name}: no items in it")
+    return rows
 
 
 def read_bytes(path):
@@ -66,22 +69,12 @@ def read_bytes(path):
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def parse_rows(data, path):
-    """The rows of a HellaSwag file as dicts with an integer label. UserError names the first bad line of `path`."""
-    rows = []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        try:
-            if line.strip():
-                row = json.loads(line)
-                texts = [row["ctx"], row["ctx_a"], row["ctx_b"], row["activity_label"]] + row["endings"]
-                if [type(text) for text in texts] != 8 * [str] or str(row["label"]) not in ("0", "1", "2", "3"):
-                    raise ValueError("ctx, ctx_a, ctx_b, activity_label and four endings must be texts, label 0 to 3")
-                rows.append({**row, "label": int(row["label"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a HellaSwag item ({type(error).__name__}: {error})") from None
-    if not rows:
-        raise UserError(f"{path}: no items in it")
-    return rows
+def checked(row):
+    """A row of a HellaSwag file with an integer label. An error where it is none."""
+    texts = [row["ctx"], row["ctx_a"], row["ctx_b"], row["activity_label"]] + row["endings"]
+    if [type(text) for text in texts] != 8 * [str] or str(row["label"]) not in ("0", "1", "2", "3"):
+        raise ValueError("ctx, ctx_a, ctx_b, activity_label and four endings must be texts, label 0 to 3")
+    return {**row, "label": int(row["label"])}
 
 
 # ---------------------------------------------------------------------------------------------------------- 2 rendering

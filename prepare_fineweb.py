@@ -124,6 +124,16 @@ def locked(folder, wait=False, beside=False):
         raise UserError(f"{folder}: another run is writing there; wait for it, or choose another folder") from None
 
 
+def json_lines(lines, path, kind, convert):
+    """convert(value) of the JSON on each line that is not blank. UserError names the first line that is not `kind`."""
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield convert(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not {kind} ({type(error).__name__}: {error})") from None
+
+
 def command_line(main, memory="use a smaller batch"):
     """Run a script's main() and exit with the code it returns. What a user did wrong is one line, not a traceback;
     `memory` says what to do where it runs out."""
@@ -301,16 +311,6 @@ def fingerprint(folder, split):
 
 # ---- your own text: documents -> tokens -> shards --------------------------------------------------------------------
 
-def read_jsonl(lines):
-    """The documents of a .jsonl file: the field "text" of each line."""
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                yield "" + json.loads(line)["text"]              # TypeError where it is no string
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f'line {number} is no JSON object with a string "text" ({error})') from None
-
-
 def documents(paths, counts):
     """The documents of text files in turn, without empty ones. A file that is no .jsonl is one document. counts["read"]
     is the number of bytes read so far."""
@@ -318,14 +318,19 @@ def documents(paths, counts):
         before = counts["read"]
         with open(path, "rb") as file:
             stream = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
-            lines = path.removesuffix(".gz").endswith(".jsonl")
             try:
-                for text in read_jsonl(stream) if lines else [stream.read().decode("utf-8-sig")]:
+                for text in (json_lines(stream, path, 'a JSON object with a string "text"', text_of)
+                             if path.removesuffix(".gz").endswith(".jsonl") else [stream.read().decode("utf-8-sig")]):
                     counts["read"] = before + file.tell()
                     if text.strip():
                         yield text
-            except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise UserError(f"{path}: {error}; nothing was written") from None
+
+
+def text_of(row):
+    """The document in a line of a .jsonl file. TypeError where it is no string."""
+    return "" + row["text"]
 
 
 def encode(texts, tokenizer, workers):

@@ -26,7 +26,7 @@ import types
 import warnings
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 os.environ["OMP_NUM_THREADS"] = "1"          # for every process that a test starts: threads that wait for a core spin
 import numpy as np

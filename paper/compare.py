@@ -33,7 +33,7 @@ sys.path.insert(0, ROOT)
 
 from figures import draw_curves, pyplot
 from model import TABLE_3, VARIANTS, ExoFormer, ModelConfig, count_parameters, read_checkpoint, variant_name
-from prepare_fineweb import UserError, atomic_write, command_line
+from prepare_fineweb import UserError, atomic_write, command_line, json_lines
 from train import TrainConfig
 
 # --------------------------------------------------------------------------------------------------------------- 1 runs
@@ -87,15 +87,9 @@ class Run:
 
 def read_lines(path):
     """The JSON objects in a file, one a line. A last line that a kill cut short is left out; UserError for another."""
-    records = []
-    with open(path) as file:
-        lines = file.read().split("\n")
-    for number, line in enumerate(lines[:-1], 1):                              # what follows the last line end is torn
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not a JSON record ({error}); remove that line") from None
-    return records
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")[:-1]                                  # what follows the last line end is torn
+    return list(json_lines(lines, path, "a JSON record", dict))
 
 
 def read_log(folder):

@@ -8,7 +8,6 @@ two models got right, and McNemar's exact p-value: how often a fair coin, thrown
 them at least as unevenly.
 """
 import argparse
-import json
 import math
 import os
 import sys
@@ -16,18 +15,13 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from eval_hellaswag import METRICS, read_bytes
-from prepare_fineweb import UserError, command_line
+from prepare_fineweb import UserError, command_line, json_lines
 
 
 def read_results(path):
     """{index of an item: {"label", metric: the predicted ending}} from a file written with --out."""
-    records = {}
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        try:
-            record = json.loads(line)
-            records[record["index"]] = {key: record[key] for key in ("label", *METRICS)}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a line of eval_hellaswag.py --out ({error!r})") from None
+    records = dict(json_lines(read_bytes(path).split(b"\n"), path, "a line of eval_hellaswag.py --out",
+                              lambda row: (row["index"], {key: row[key] for key in ("label", *METRICS)})))
     if not records:
         raise UserError(f"{path}: no items in it")
     return records

@@ -29,7 +29,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from eval_hellaswag import read_bytes, token_log_probs
 from model import TABLE_3, choose_device, count_parameters, load_checkpoint, variant_name
-from prepare_fineweb import Progress, UserError, atomic_write, command_line, get_tokenizer
+from prepare_fineweb import Progress, UserError, atomic_write, command_line, get_tokenizer, json_lines
 
 FEWSHOT_SEED = 1234                                 # lm_eval's default; the examples in front of an item follow from it
 
@@ -108,24 +108,12 @@ def read_local(folder, name):
                     "--tasks or the examples with --shots=0, or let lm_eval download all, without --data")
 
 
-def read_rows(folder, name, convert):
-    """[convert(row)] of a .jsonl file. UserError names the first line that cannot be used."""
-    path, content = read_local(folder, f"{name}.jsonl")
-    rows = []
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            rows.append(convert(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}, line {number}: not an item of this task ({why})") from None
-    return rows
-
-
 def local_rows(name, folder, shots):
     """{split: rows} of one task from files."""
     task, rows = TASKS[name], {}
     for split, file in ((task.split, task.test), *([("train", task.train)] if shots else [])):
-        rows[split] = read_rows(folder, file, task.convert)
+        path, content = read_local(folder, f"{file}.jsonl")
+        rows[split] = list(json_lines(content.split(b"\n"), path, "an item of this task", task.convert))
         if name == "piqa":                                            # keeps its labels in a second file, line by line
             path, labels = read_local(folder, f"{file}-labels.lst")
             labels = labels.decode().split()

@@ -285,7 +285,7 @@ BAD_INPUT = {
 BAD_LINES = [b"{", b'{"txt": "x"}', b'{"text": null}', b'{"text": ["x"]}', b"[1]", b"7", b"[" * 100_000,
              b'{"text": "caf\xe9' + b"x" * 1000 + b'"}']
 BAD_INPUT |= {line[:20]: ("a.jsonl", b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}',
-                          'a.jsonl: line 3 is no JSON object with a string "text"') for line in BAD_LINES}
+                          'a.jsonl, line 3: not a JSON object with a string "text"') for line in BAD_LINES}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
