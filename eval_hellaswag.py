@@ -196,20 +196,27 @@ def plan(items, block_size, batch_tokens):
 
 def score_batch(model, prefix, length, items, dtype):
     """Summed log-probabilities (items, 4) of the endings, float64 on the CPU."""
-    device, config = model.head.weight.device, model.config
-    endings = [ending for item in items for ending in item.endings]
-    rows = [(item.context + ending)[:-1][-config.block_size:][prefix:] for item in items for ending in item.endings]
-    idx, cache = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device), None
+    device, config, cache = model.head.weight.device, model.config, None
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if prefix:                                           # read once, then repeated for the four endings
             cache = KVCache(config, len(items), length, device, compute_dtype(device) or model.head.weight.dtype)
             model.trunk(torch.tensor([item.context[:prefix] for item in items], device=device), cache=cache)
             cache = cache.repeat(4)
-        hidden = model.trunk(idx, cache=cache)
-    # the last len(ending) outputs of a row predict the tokens of its ending
-    scored = torch.cat([h[len(row) - len(ending):len(row)] for h, row, ending in zip(hidden, rows, endings)])
-    log_probs = token_log_probs(model, scored, torch.tensor(sum(endings, []), device=device)).cpu().double()
-    return torch.stack([part.sum() for part in log_probs.split([len(ending) for ending in endings])]).view(-1, 4)
+        rows = [(item.context, ending) for item in items for ending in item.endings]
+        return score_rows(model, rows, prefix, cache).view(-1, 4)
+
+
+def score_rows(model, rows, prefix=0, cache=None):
+    """Summed log p(ending | context) of (context, ending) ids, float64 on the CPU. The rows run as one batch,
+    padded on the right and cut on the left to block_size; `cache` has read the first `prefix` tokens of each."""
+    device, lengths = model.head.weight.device, [len(ending) for _, ending in rows]
+    inputs = [(context + ending)[:-1][-model.config.block_size:][prefix:] for context, ending in rows]
+    idx = pad_sequence([torch.tensor(tokens) for tokens in inputs], batch_first=True).to(device)
+    hidden = model.trunk(idx, cache=cache)
+    # the last outputs of a row predict the tokens of its ending
+    scored = torch.cat([h[len(tokens) - length:len(tokens)] for h, tokens, length in zip(hidden, inputs, lengths)])
+    targets = torch.tensor([token for _, ending in rows for token in ending], device=device)
+    return torch.stack([p.sum() for p in token_log_probs(model, scored, targets).cpu().double().split(lengths)])
 
 
 def token_log_probs(model, hidden, targets):

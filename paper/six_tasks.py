@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from eval_hellaswag import read_bytes, token_log_probs
+from eval_hellaswag import read_bytes, score_rows
 from model import TABLE_3, choose_device, count_parameters, load_checkpoint, variant_name
 from prepare_fineweb import Progress, UserError, atomic_write, command_line, get_tokenizer, json_lines
 
@@ -151,20 +150,8 @@ def load_tasks(names, folder, shots):
 # -------------------------------------------------------------------------------------------------------------- 2 model
 
 
-def score_batch(model, rows, device, dtype):
-    """What score_rows returns, for rows that run as one batch, padded on the right: no scored token can see that."""
-    inputs = [(context + continuation)[-(model.config.block_size + 1):][:-1] for context, continuation in rows]
-    lengths = [len(continuation) for _, continuation in rows]
-    idx = pad_sequence([torch.tensor(tokens) for tokens in inputs], batch_first=True).to(device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        hidden = model.trunk(idx)
-    scored = torch.cat([h[len(tokens) - length:len(tokens)] for h, tokens, length in zip(hidden, inputs, lengths)])
-    targets = torch.tensor([token for _, continuation in rows for token in continuation], device=device)
-    return [part.sum().item() for part in token_log_probs(model, scored, targets).cpu().double().split(lengths)]
-
-
 @torch.no_grad()
-def score_rows(model, rows, batch_size=16, dtype=torch.float32):
+def score_all(model, rows, batch_size=16, dtype=torch.float32):
     """[log p(continuation | context)] for (context, continuation) ids.
 
     Rows of similar length run together, the longest first, so that a batch too large for the memory fails at once. A
@@ -179,7 +166,8 @@ def score_rows(model, rows, batch_size=16, dtype=torch.float32):
     progress = Progress("scoring", sum(lengths), "tokens")
     for first in range(0, len(rows), batch_size):
         batch = order[first:first + batch_size]
-        scores.update(zip(batch, score_batch(model, [rows[i] for i in batch], device, dtype)))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            scores.update(zip(batch, score_rows(model, [rows[i] for i in batch]).tolist()))
         done += sum(lengths[i] for i in batch)
         progress.update(done)
     progress.end()
@@ -204,7 +192,7 @@ def adapter(model, batch_size=16, dtype=torch.float32):
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
             rows = [(context, continuation) for _, context, continuation in requests]
             self.cut += sum(len(before) + len(scored) - 1 > model.config.block_size for before, scored in rows)
-            return [(score, False) for score in score_rows(model, rows, batch_size, dtype)]       # False: not asked for
+            return [(score, False) for score in score_all(model, rows, batch_size, dtype)]       # False: not asked for
 
     return ExoFormerLM()
 

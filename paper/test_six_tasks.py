@@ -53,19 +53,19 @@ def scored_rows(count=24):
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_scores_equal_a_loop_over_tokens_at_every_batch_size(batch_size):
     rows, expected = scored_rows()
-    assert six_tasks.score_rows(random_model(), rows, batch_size) == pytest.approx(expected, abs=1e-4)
+    assert six_tasks.score_all(random_model(), rows, batch_size) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_continuation_longer_than_the_context_window_is_refused():
     with pytest.raises(UserError, match="a continuation of 17 tokens does not fit into block_size=16"):
-        six_tasks.score_rows(random_model(), [([1], [2] * 17)])
+        six_tasks.score_all(random_model(), [([1], [2] * 17)])
 
 
 def test_damaged_weights_are_an_error_and_not_an_accuracy():
     model = random_model()
     model.final_norm.weight.data[0] = math.nan
     with pytest.raises(UserError, match="not finite"):
-        six_tasks.score_rows(model, [([1], [2])])
+        six_tasks.score_all(model, [([1], [2])])
 
 
 class Request:
@@ -155,7 +155,7 @@ def test_examples_are_those_that_lm_eval_draws_with_its_seed(items, monkeypatch)
     train = [{**ARC[0], "question": {**ARC[0]["question"], "stem": stem}} for stem in stems]
     write_lines(str(items / "arc/ARC-Easy-Train.jsonl"), train)
     asked, tokenizer, draw, expected = [], get_tokenizer("bytes"), random.Random(1234), []
-    monkeypatch.setattr(six_tasks, "score_rows", lambda _, rows, *__: asked.extend(rows) or [0.0] * len(rows))
+    monkeypatch.setattr(six_tasks, "score_all", lambda _, rows, *__: asked.extend(rows) or [0.0] * len(rows))
     six_tasks.evaluate(random_model(), ["arc_easy"], 2, None, str(items))
     for row in ARC:
         shots = "".join(f"Question: {shot['question']['stem']}\nAnswer: dog\n\n" for shot in draw.sample(train, 2))
@@ -172,7 +172,7 @@ def test_eval_hellaswag_asks_what_lm_eval_asks(shots, tmp_path, monkeypatch):
     for split in ("train", "val"):
         shutil.copy(SAMPLE, tmp_path / f"hellaswag/hellaswag_{split}.jsonl")
     asked = []
-    monkeypatch.setattr(six_tasks, "score_rows", lambda _, rows, *__: asked.extend(rows) or [0.0] * len(rows))
+    monkeypatch.setattr(six_tasks, "score_all", lambda _, rows, *__: asked.extend(rows) or [0.0] * len(rows))
     monkeypatch.setattr(eval_hellaswag, "get_tokenizer", lambda name: get_tokenizer("bytes"))
     six_tasks.evaluate(random_model(), ["hellaswag"], shots, None, str(tmp_path))
     items = eval_hellaswag.load_items(SAMPLE, shots, train=SAMPLE)
