@@ -20,14 +20,10 @@ import sys
 import threading
 import time
 import types
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-
-warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)      # "slow" needs no settings file
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import prepare_fineweb as pf
 

@@ -21,14 +21,12 @@ import numpy as np
 import pytest
 import torch
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
 import compare_hellaswag
 import eval_hellaswag as H
 from model import ExoFormer, save_checkpoint, variant_config
 from prepare_fineweb import UserError, command_line
 
+HERE = pathlib.Path(__file__).resolve().parent
 SAMPLE = str(HERE / "testdata" / "hellaswag_sample.jsonl")               # 40 items, (c) 2019 Rowan Zellers, MIT licence
 ROWS = [json.loads(line) for line in open(SAMPLE)]
 GOOD_ROW = {"ctx": "a b", "ctx_a": "a", "ctx_b": "b", "activity_label": "x", "endings": ["c"] * 4, "label": 0}
