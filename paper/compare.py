@@ -301,6 +301,20 @@ def agreement(groups):
 
 # -------------------------------------------------------------------------------------------------------------- 4 table
 
+IDEAS = {  # of the paper: the row of Table 3 that has it, the row that lacks it
+    "output gate": ("gated", "base"),
+    "mixing V with layer 1's": ("resformer", "base"),
+    "mixing Q, K, V, G with layer 1's": ("naive", "gated"),
+    "... and RMSNorm on the anchors of Q, K": ("nuresformer_qknorm", "naive"),
+    "... of V, G": ("nuresformer_vg", "naive"),
+    "... of all four": ("nuresformer", "naive"),
+    "exogenous anchors in place of layer 1's": ("exo", "nuresformer"),
+    "RMSNorm on exogenous anchors": ("exo", "exo_nonorm"),
+    "a lambda per head, not per channel": ("exo_headwise", "exo"),
+    "one lambda, not one per channel": ("exo_scalar", "exo"),
+    "dynamic mixing": ("exo_dynamic", "exo"),
+}
+
 
 def show(value, style="{:.4f}", spread=None):
     """A cell: the value, with its spread or error where there is one; "-" for None."""
@@ -331,9 +345,18 @@ def cells_of(group, groups):
     return cells
 
 
-def table_of(groups):
-    """The table as lines of markdown, padded to be read as text too, without columns that say nothing."""
-    rows = [cells_of(group, groups) for group in groups]
+def effects_of(groups):
+    """{heading: text} for each of IDEAS whose two rows of Table 3 are there."""
+    rows = {group.variant: group for group in groups if group.paper}
+    for idea, (variant, without) in IDEAS.items():
+        if variant in rows and without in rows:
+            mean, error = difference(rows[variant], rows[without])
+            yield {"idea": idea, "rows": f"{variant} - {without}", "loss": show(mean, "{:+.4f}", error),
+                   "in the paper": f"{math.log(rows[variant].paper / rows[without].paper):+.4f}"}
+
+
+def table_of(rows):
+    """Lines of markdown from [{heading: text}], padded to be read as text too, without columns that say nothing."""
     columns = [[name, *(row[name] for row in rows)] for name in rows[0] if any(row[name] != "-" for row in rows)]
     widths = [max(map(len, column)) for column in columns]
     lines = [*zip(*columns)]
@@ -344,7 +367,8 @@ def table_of(groups):
 def notes(groups, diverged):
     """What the reader of the table must know."""
     yield ("val loss: mean +- standard deviation over seeds. loss - ...: mean over equal seeds +- its standard error. "
-           "tokens, ... / own: the baseline's tokens / tokens to reach its last loss, mean +- standard deviation.")
+           "tokens, ... / own: the baseline's tokens / tokens to reach its last loss, mean +- standard deviation. An "
+           "idea's loss is the difference of two rows, the paper's that of the logarithms of its perplexities.")
     yield from agreement(groups)
     for group in groups:
         for baseline in filter(None, (baseline_of(group, groups, name) for name in BASELINES)):
@@ -361,10 +385,12 @@ def notes(groups, diverged):
 
 
 def summarise(runs):
-    """(groups, lines of the table and its notes) of runs; those that diverged are in the notes alone."""
+    """(groups, lines of the tables and their notes) of runs; those that diverged are in the notes alone."""
     groups = group_runs([run for run in runs if not run.diverged])
-    table = table_of(groups) if groups else ["no run to compare"]
-    return groups, [*table, "", *notes(groups, [run for run in runs if run.diverged])]
+    table = table_of([cells_of(group, groups) for group in groups]) if groups else ["no run to compare"]
+    effects = list(effects_of(groups))
+    return groups, [*table, "", *([*table_of(effects), ""] if effects else []),
+                    *notes(groups, [run for run in runs if run.diverged])]
 
 
 # --------------------------------------------------------------------------------------------------------------- 5 main

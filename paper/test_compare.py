@@ -41,10 +41,10 @@ def write_ends(root, ends, **settings):
 
 
 def cells(paths):
-    """{(row, heading): text} of the table of run folders or files, and its notes as one string."""
+    """{(row, heading): text} of the table of run folders or files, and everything printed as one string."""
     runs = [run for path in paths for run in compare.read_runs(str(path))]
     lines = compare.summarise(runs)[1]
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:lines.index("")]]
     return {(row[0], name): cell for row in table[2:] for name, cell in zip(table[0], row)}, "\n".join(lines)
 
 
@@ -185,6 +185,15 @@ def test_one_table_comes_from_the_files_of_two_seeds_of_which_one_is_unfinished(
     assert "(means, 4 rows)" in text and "(seed 1, 4 rows), +1.00 (seed 2, 3 rows)" in text
 
 
+def test_the_effect_of_an_idea_is_the_difference_of_two_rows_beside_the_papers(tmp_path):
+    """Two seeds of exo - nuresformer: -0.5 and -0.3. A row with another learning rate is no row of Table 3."""
+    ends = {("nuresformer", 1): 4.0, ("nuresformer", 2): 4.0, ("exo", 1): 3.5, ("exo", 2): 3.7, ("gated", 1): 4.5}
+    text = cells(write_ends(tmp_path, ends) + write_ends(tmp_path / "other", {("exo", 1): 1.0}, muon_lr=0.02))[1]
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n\n")[1].splitlines()[2:]]
+    assert found == [["exogenous anchors in place of layer 1's", "exo - nuresformer", "-0.4000 +- 0.1000",
+                      f"{math.log(14.13) - math.log(14.15):.4f}"]]
+
+
 def test_a_torn_last_line_is_left_out_and_any_other_bad_line_named(tmp_path):
     folder = write_run(tmp_path / "r", [(0, 8.0), (400, 4.0)])
     with open(tmp_path / "r" / "log.jsonl", "a") as log:
@@ -235,10 +244,10 @@ def test_the_picture_has_a_curve_for_every_row_with_the_spread_as_a_band(tmp_pat
 
 
 def test_the_readmes_hold_the_numbers_of_the_committed_results():
-    """Each row's loss, perplexity and differences stand in one line of the table of paper/README.md; the six variants'
-    losses stand in their lines of README.md."""
+    """Each row's loss, perplexity and differences stand in one line of the table of paper/README.md; README.md has the
+    effect of each idea, and in their lines the six variants' losses."""
     here = pathlib.Path(__file__).parent
-    paths = [path for kind in ("six", "rest", "control") for path in sorted(here.glob(f"results/{kind}_seed?.jsonl"))]
+    paths = [here / "results" / f"{kind}.jsonl" for kind in ("six", "rest", "control")]
     groups, _ = compare.summarise([run for path in paths for run in compare.read_runs(str(path))])
     lines, top = ((folder / "README.md").read_text().splitlines() for folder in (here, here.parent))
     for group in groups:
@@ -248,3 +257,5 @@ def test_the_readmes_hold_the_numbers_of_the_committed_results():
             "val loss", "perplexity", "loss - base", "tokens, base / own", "loss - gated", "tokens, gated / own")] == []
         small = [line for line in top if line.startswith(f"| {group.label} |")]
         assert all(line.endswith(f" {group.loss[0]:.4f} |") for line in small) and len(small) <= 1
+    effects = [f"| {' | '.join(effect.values())} |" for effect in compare.effects_of(groups)]
+    assert effects and [line for line in effects if line not in top] == []
