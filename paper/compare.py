@@ -303,11 +303,11 @@ def agreement(groups):
 
 IDEAS = {  # of the paper: the row of Table 3 that has it, the row that lacks it
     "output gate": ("gated", "base"),
-    "mixing V with layer 1's": ("resformer", "base"),
-    "mixing Q, K, V, G with layer 1's": ("naive", "gated"),
-    "... and RMSNorm on the anchors of Q, K": ("nuresformer_qknorm", "naive"),
-    "... of V, G": ("nuresformer_vg", "naive"),
-    "... of all four": ("nuresformer", "naive"),
+    "mixing V with layer 1's, without a gate": ("resformer", "base"),
+    "mixing V with layer 1's": ("naive", "gated"),
+    "mixing G too": ("nuresformer_vg", "naive"),
+    "mixing Q and K too, their anchors normed": ("nuresformer_qknorm", "nuresformer_vg"),
+    "RMSNorm on the anchors of V and G too": ("nuresformer", "nuresformer_qknorm"),
     "exogenous anchors in place of layer 1's": ("exo", "nuresformer"),
     "RMSNorm on exogenous anchors": ("exo", "exo_nonorm"),
     "a lambda per head, not per channel": ("exo_headwise", "exo"),
