@@ -285,6 +285,17 @@ def spearman(a, b):
     return statistics.correlation(*ranks) if len(set(a)) > 1 and len(set(b)) > 1 else math.nan
 
 
+def pooled_spread(groups):
+    """A line with the standard deviation over seeds that all rows with several seeds have together; a row's own, from
+    two or three seeds, is rough."""
+    several = [(len(group.runs) - 1, group.loss[1]) for group in groups if len(group.runs) > 1]
+    if several:
+        degrees = sum(n for n, _ in several)
+        spread = math.sqrt(sum(n * own ** 2 for n, own in several) / degrees)
+        yield (f"standard deviation over seeds, pooled over {len(several)} rows ({degrees} degrees of freedom): "
+               f"{spread:.4f}")
+
+
 def agreement(groups):
     """A line with the rank correlation of our losses with the paper's perplexities: of the means, and of each seed over
     the rows that have it."""
@@ -369,6 +380,7 @@ def notes(groups, diverged):
     yield ("val loss: mean +- standard deviation over seeds. loss - ...: mean over equal seeds +- its standard error. "
            "tokens, ... / own: the baseline's tokens / tokens to reach its last loss, mean +- standard deviation. An "
            "idea's loss is the difference of two rows, the paper's that of the logarithms of its perplexities.")
+    yield from pooled_spread(groups)
     yield from agreement(groups)
     for group in groups:
         for baseline in filter(None, (baseline_of(group, groups, name) for name in BASELINES)):

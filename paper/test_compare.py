@@ -192,6 +192,7 @@ def test_the_effect_of_an_idea_is_the_difference_of_two_rows_beside_the_papers(t
     found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n\n")[1].splitlines()[2:]]
     assert found == [["exogenous anchors in place of layer 1's", "exo - nuresformer", "-0.4000 +- 0.1000",
                       f"{math.log(14.13) - math.log(14.15):.4f}"]]
+    assert "pooled over 2 rows (2 degrees of freedom): 0.1000" in text                  # sqrt((0 + 2 * 0.1 ** 2) / 2)
 
 
 def test_a_torn_last_line_is_left_out_and_any_other_bad_line_named(tmp_path):
