@@ -53,7 +53,7 @@ SETTINGS = {  # (seeds, train.py flags on top of --preset=smoke); every evaluati
                                   save_every=100, log_every=50, sample_tokens=0, dtype="float32", compile="true")),
 }
 
-ADAMW = [dict(optimizer="adamw", adamw_lr=rate) for rate in (0.001, 0.003, 0.01)]
+ADAMW = [dict(optimizer="adamw", adamw_lr=rate) for rate in (0.001, 0.003, 0.01, 0.03)]
 UNNORMED = [{}, dict(anchor_norm="vg"), dict(qk_norm=False), dict(qk_norm=False, anchor_norm="vg")]
 
 ABLATIONS = {  # questions the paper leaves open: (variant, the flags that change); none change in the paper's own way
