@@ -244,13 +244,20 @@ def test_the_picture_has_a_curve_for_every_row_with_the_spread_as_a_band(tmp_pat
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_readmes_hold_the_numbers_of_the_committed_results():
+HERE = pathlib.Path(__file__).parent
+
+
+def committed(*kinds):
+    """Groups of the runs in files of results/, the lines of paper/README.md and those of README.md."""
+    runs = [run for kind in kinds for run in compare.read_runs(str(HERE / "results" / f"{kind}.jsonl"))]
+    readmes = ((folder / "README.md").read_text().splitlines() for folder in (HERE, HERE.parent))
+    return compare.group_runs(runs), *readmes
+
+
+def test_the_readmes_hold_the_numbers_of_the_committed_sweep():
     """Each row's loss, perplexity and differences stand in one line of the table of paper/README.md; README.md has the
     effect of each idea, and in their lines the six variants' losses."""
-    here = pathlib.Path(__file__).parent
-    paths = [here / "results" / f"{kind}.jsonl" for kind in ("six", "rest", "control")]
-    groups, _ = compare.summarise([run for path in paths for run in compare.read_runs(str(path))])
-    lines, top = ((folder / "README.md").read_text().splitlines() for folder in (here, here.parent))
+    groups, lines, top = committed("six", "rest", "control")
     for group in groups:
         cells = compare.cells_of(group, groups)
         row, = [line for line in lines if line.startswith(f"| {group.label} | {cells['layers']} |")]
@@ -260,3 +267,11 @@ def test_the_readmes_hold_the_numbers_of_the_committed_results():
         assert all(line.endswith(f" {group.loss[0]:.4f} |") for line in small) and len(small) <= 1
     effects = [f"| {' | '.join(effect.values())} |" for effect in compare.effects_of(groups)]
     assert effects and [line for line in effects if line not in top] == []
+
+
+def test_the_readme_holds_the_numbers_of_the_committed_ablations():
+    groups, lines, _ = committed("ablations")
+    for group in groups:
+        cells = compare.cells_of(group, groups)
+        shown = [cells[name] for name in ("variant", "val loss", "loss - gated", "loss - first of its variant")]
+        assert f"| {' | '.join(shown)} |" in lines
