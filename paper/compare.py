@@ -1,6 +1,7 @@
 """
 Compare runs of train.py by their logs: the table of validation losses beside the paper's perplexities, Figure 1b (loss
-over tokens), and how many fewer tokens reach a baseline's final loss (the abstracts: 1.84x for base, 1.5x for gated).
+over tokens), how many fewer tokens reach a baseline's final loss (the abstracts: 1.84x for base, 1.5x for gated), and
+what each idea of the paper changes, as the difference of two rows.
 
     python paper/compare.py out/paper-base out/paper-gated out/paper-exo --png=figure_1b.png --out=runs.jsonl
     python paper/compare.py seed1.jsonl seed2.jsonl --png=curves.png     the same from files of --out, or of sweep.py
@@ -399,10 +400,9 @@ def notes(groups, diverged):
 def summarise(runs):
     """(groups, lines of the tables and their notes) of runs; those that diverged are in the notes alone."""
     groups = group_runs([run for run in runs if not run.diverged])
-    table = table_of([cells_of(group, groups) for group in groups]) if groups else ["no run to compare"]
-    effects = list(effects_of(groups))
-    return groups, [*table, "", *([*table_of(effects), ""] if effects else []),
-                    *notes(groups, [run for run in runs if run.diverged])]
+    tables = [cells_of(group, groups) for group in groups], list(effects_of(groups))
+    lines = [line for rows in tables if rows for line in (*table_of(rows), "")] or ["no run to compare", ""]
+    return groups, [*lines, *notes(groups, [run for run in runs if run.diverged])]
 
 
 # --------------------------------------------------------------------------------------------------------------- 5 main
