@@ -93,7 +93,9 @@ def test_a_sweep_stopped_in_the_middle_goes_on_where_it_stopped(tmp_path, run_sw
 def test_an_ablation_takes_the_runs_of_another_sweep_and_leaves_its_table(tmp_path, run_sweep):
     fake = FakeTrain({})
     assert run_sweep(fake) == run_sweep(fake, what="--ablation=lambda_init") == 0
-    assert [name for name, _ in fake.commands if name.startswith("exo-seed")] == ["exo-seed1", "exo-seed2"]
+    assert sorted(name for name, _ in fake.commands) == sorted(
+        f"{name}-seed{seed}" for seed in (1, 2)
+        for name in ("base", "exo", *(f"exo-lambda_init={value}" for value in (0.0, 0.25, 1.0))))
     assert "exo lambda_init=0.25" in (tmp_path / "s" / "lambda_init.md").read_text()
     assert "base" in (tmp_path / "s" / "variants.md").read_text()
 
