@@ -528,7 +528,7 @@ def test_perplexity_of_our_own_checkpoint(folder, call, capsys):
 
 def test_use_over_training_is_that_of_each_checkpoint(folder, call, capsys):
     """Tokens from the step and the run's batch, quantities of each checkpoint on its run's own first validation row;
-    the table holds the last checkpoint."""
+    the table holds the last checkpoint and the one nearest to half its tokens."""
     call(usage.main, folder / "base", folder / "exo_dynamic")
     tokens, use = usage.use_over_training(str(folder / "exo_dynamic"))
     assert tokens.tolist() == [3000, 7000] and list(use) == list(usage.QUANTITIES)
@@ -538,10 +538,23 @@ def test_use_over_training_is_that_of_each_checkpoint(folder, call, capsys):
         assert use["attention_sink"][:, column].tolist() == record["by_layer"]["attention_sink"]
         assert use["pca_core_features"][:, column].tolist() == record["by_layer"]["pca_core_features"][1:]
         assert use["k"][:, column].tolist() == analysis.anchor_share(record["anchor_use"]["k"])[0].tolist()
-    rows = rows_under("Averages over layers", capsys.readouterr().out)
-    assert rows["base"][3:] == ["-"] * 5 and rows["exo_dynamic"][4] == f"{use['q'][:, 1].mean():.4f}"
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert [cells[:2] for cells in printed[2:]] == [[run, tokens] for run in ("base", "exo_dynamic")
+                                                    for tokens in ("3,000", "7,000")]
+    assert printed[3][5:] == ["-"] * 5
+    for column, cells in enumerate(printed[4:]):
+        assert cells[2:] == [f"{table[:, column].mean():.4f}" for table in use.values()]
     with pytest.raises(UserError, match="no checkpoint"):
         call(usage.main, folder / "data")
+
+
+def test_a_file_of_use_gives_the_table_again_and_says_where_it_was_measured(folder, call, tmp_path, capsys):
+    call(usage.main, folder / "base", folder / "exo_dynamic", f"--out={tmp_path / 'use.jsonl'}", "--rows=2")
+    first = capsys.readouterr().out
+    call(usage.main, tmp_path / "use.jsonl")
+    assert capsys.readouterr().out == first
+    line = json.loads((tmp_path / "use.jsonl").read_text().splitlines()[1])
+    assert line["run"] == "exo_dynamic" and line["rows"] == 2 and {"machine", "torch", "commit", "command"} <= set(line)
 
 
 def test_exported_weights_come_back_bit_for_bit(folder, tmp_path, call, monkeypatch, capsys):

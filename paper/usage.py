@@ -2,15 +2,17 @@
 How the layers come to use their anchor: Table 2's quantities by layer and over training, from the checkpoints of runs.
 
     python train.py --variant=exo --keep=0                                         keeps all its checkpoints
-    python paper/usage.py out/paper-gated out/paper-exo out/paper-exo_dynamic --png=usage.png
+    python paper/usage.py out/paper-gated out/paper-exo out/paper-exo_dynamic --png=usage.png --out=usage.jsonl
+    python paper/usage.py usage.jsonl --png=usage.png                              the same from a file of --out
 
 Each checkpoint in a run folder is analysed on the first validation row, as table2.py does. In the picture every run is
-a row of maps, layers downwards, tokens to the right. The table that is printed holds the last checkpoint, averaged over
-layers. The anchor's share is that of the mean norms of gamma_1 lambda_1 S_anc and gamma_2 lambda_2 S_n, which can be
-compared between anchors with and without a norm.
+a row of maps, layers downwards, tokens to the right. The table that is printed holds averages over layers, at the last
+checkpoint and those nearest to a half, a quarter, ... of its tokens. The anchor's share is that of the mean norms of
+gamma_1 lambda_1 S_anc and gamma_2 lambda_2 S_n, which can be compared between anchors with and without a norm.
 """
 import argparse
 import glob
+import json
 import os
 import re
 import sys
@@ -20,9 +22,10 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import analyse, anchor_share, validation_windows
+from compare import circumstances, read_lines
 from figures import Page, heat_map, inner_limits, pyplot
 from model import choose_device, load_checkpoint, read_checkpoint
-from prepare_fineweb import UserError, command_line
+from prepare_fineweb import UserError, atomic_write, command_line
 from table2 import number, print_table
 
 QUANTITIES = {  # name: (heading in the table, title in the picture)
@@ -60,6 +63,32 @@ def use_over_training(folder, data="", device="cpu", rows=1):
         name: np.stack([use[name] for use in uses], axis=1) for name in uses[0]}
 
 
+def write_uses(runs, path, rows):
+    """Write --out: a line a run, with what it was measured by. null where a layer does not mix the letter."""
+    with atomic_write(path) as file:
+        for label, (tokens, use) in runs.items():
+            values = {name: np.where(np.isnan(table), None, table).tolist() for name, table in use.items()}
+            file.write(json.dumps(dict(run=label, rows=rows, tokens=tokens.tolist(), use=values,
+                                       **circumstances())).encode() + b"\n")
+
+
+def read_uses(path):
+    """{label: (tokens, {quantity: values})} from a file of --out."""
+    return {line["run"]: (np.array(line["tokens"]),
+                          {name: np.array(table, dtype=float) for name, table in line["use"].items()})
+            for line in read_lines(path)}
+
+
+def print_uses(runs):
+    """Averages over layers at the last checkpoint and those nearest to a half, a quarter, ... of its tokens."""
+    rows = []
+    for label, (tokens, use) in runs.items():
+        for column in sorted({int(abs(tokens - tokens[-1] / 2 ** halvings).argmin()) for halvings in range(8)}):
+            rows.append([label, f"{tokens[column]:,}"] +
+                        [number(np.nanmean(use[name][:, column]) if name in use else None, 4) for name in QUANTITIES])
+    print_table("Averages over layers", ["run", "tokens"] + [heading for heading, _ in QUANTITIES.values()], rows)
+
+
 def draw(runs, path):
     """Write the picture of {label: (tokens, {quantity: values})}: a row of maps for each run, a column and a colour
     scale for each quantity that any has."""
@@ -84,23 +113,27 @@ def draw(runs, path):
 
 def main():
     parser = argparse.ArgumentParser(description="Use of the anchor by depth and over training.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or files of --out")
     parser.add_argument("--data", default="", metavar="DIR", help="folder of token shards (default: the run's own)")
     parser.add_argument("--rows", type=int, default=1, help="validation rows (default: 1)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                         help="where to compute (default: cuda if there is a GPU)")
     parser.add_argument("--png", default="", help="write the picture to this file")
+    parser.add_argument("--out", default="", help="write what was measured to this file, a line a run")
     args = parser.parse_args()
     if args.png:
         pyplot()                                                               # said before the work, not after it
-        if not os.path.isdir(os.path.dirname(args.png) or "."):
-            raise UserError(f"{args.png}: its folder does not exist")
+    for path in (args.png, args.out):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"{path}: its folder does not exist")
     device = choose_device(args.device, among=("cuda", "cpu"))
-    runs = {os.path.basename(os.path.normpath(folder)): use_over_training(folder, args.data, device, args.rows)
-            for folder in args.runs}
-    print_table("Averages over layers, last checkpoint", ["run"] + [heading for heading, _ in QUANTITIES.values()],
-                [[label] + [number(np.nanmean(use[name][:, -1]) if name in use else None, 4) for name in QUANTITIES]
-                 for label, (_, use) in runs.items()])
+    runs = {}
+    for run in args.runs:
+        runs |= read_uses(run) if run.endswith(".jsonl") else {
+            os.path.basename(os.path.normpath(run)): use_over_training(run, args.data, device, args.rows)}
+    print_uses(runs)
+    if args.out:
+        write_uses(runs, args.out, args.rows)
     if args.png:
         print(f"wrote {draw(runs, args.png)}")
 
