@@ -336,7 +336,7 @@ EXACT = dict(base=453_581_824, gated=452_526_720, resformer=453_645_312, naive=4
              exo_dynamic=457_437_928, exo=456_958_848, exo_headwise=456_724_992, exo_scalar=456_721_512)
 
 
-@every_variant
+@pytest.mark.parametrize("variant", M.TABLE_3)
 def test_table_3_parameter_counts(variant):
     with torch.device("meta"):
         n = M.count_parameters(ExoFormer(variant_config(variant)))
@@ -345,7 +345,7 @@ def test_table_3_parameter_counts(variant):
 
 
 def test_table_3_has_its_18_rows_and_a_configuration_tells_its_row():
-    assert list(VARIANTS) == list(M.TABLE_3) and len({str(row) for row in VARIANTS.values()}) == 18
+    assert len(M.TABLE_3) == 18 and len({str(row) for row in VARIANTS.values()}) == len(VARIANTS)
     assert [M.variant_name(variant_config(name, n_layer=3, n_embd=64)) for name in VARIANTS] == list(VARIANTS)
     assert M.variant_name(variant_config("gated", granularity="scalar")) == "gated"
     for other in (dict(norm_position="after"), dict(qk_norm=False), dict(window=8), dict(mix="qk")):

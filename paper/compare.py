@@ -185,7 +185,7 @@ class Group:
     @property
     def paper(self):
         """The paper's perplexity for this row of Table 3; None for what is no such row."""
-        return TABLE_3[self.variant][1] if self.variant and not self.changes else None
+        return TABLE_3[self.variant][1] if self.variant in TABLE_3 and not self.changes else None
 
     def curve(self):
         """[(tokens, mean loss, lowest, highest)] where all runs were evaluated, on the same validation tokens."""

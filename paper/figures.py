@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import anchor_share, ratio
-from model import VARIANTS
+from model import TABLE_3
 from prepare_fineweb import UserError, atomic_write, command_line
 
 BY_LAYER = {  # what is in by_layer.png: the axis of each panel
@@ -86,11 +86,11 @@ def styles_of(rows):
     """A style for each of some rows (variant, whether its anchor is removed). The first of a variant has the variant's
     own, all others have one of a variant that is not here, those first that differ by more than the filling."""
     here = [variant for variant, _ in rows]
-    free = sorted((variant_style(name) for name in VARIANTS if name not in here),
+    free = sorted((variant_style(name) for name in TABLE_3 if name not in here),
                   key=lambda style: style["fillstyle"] != "full") + [variant_style("base")] * len(rows)
     styles = []
     for i, (variant, ablated) in enumerate(rows):
-        style = variant_style(variant) if variant in VARIANTS and rows[i] not in rows[:i] else free.pop(0)
+        style = variant_style(variant) if variant in TABLE_3 and rows[i] not in rows[:i] else free.pop(0)
         styles.append({**style, "fillstyle": "none", "linestyle": ":"} if ablated else style)
     return styles
 

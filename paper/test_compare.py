@@ -11,7 +11,7 @@ import torch
 
 import compare
 import figures
-from model import VARIANTS, variant_config
+from model import TABLE_3, VARIANTS, variant_config
 from prepare_fineweb import UserError
 from train import TrainConfig
 
@@ -218,7 +218,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, call):
 def test_variants_can_be_told_apart_without_colour_and_keep_their_style():
     """A second row of the same variant, or one of no row of Table 3, takes a look that nobody here has; with the anchor
     removed a variant's marker is hollow."""
-    looks = [{k: v for k, v in figures.variant_style(name).items() if k != "color"} for name in VARIANTS]
+    looks = [{k: v for k, v in figures.variant_style(name).items() if k != "color"} for name in TABLE_3]
     assert all(a != b for i, a in enumerate(looks) for b in looks[:i])
     rows = [("gated", False), ("exo", False), ("gated", False), ("resformer", False), ("", False), ("exo", True)]
     styles = figures.styles_of(rows)
@@ -226,6 +226,16 @@ def test_variants_can_be_told_apart_without_colour_and_keep_their_style():
         assert styles[i] == figures.variant_style(rows[i][0])
     assert len({style["marker"] for style in styles[:5]}) == 5
     assert styles[5] == {**styles[1], "fillstyle": "none", "linestyle": ":"}
+
+
+def test_a_variant_of_ones_own_is_compared_and_drawn(tmp_path, call, monkeypatch):
+    """One line in VARIANTS is all that it takes; it has no perplexity in the paper."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (paper/requirements.txt)")
+    monkeypatch.setitem(VARIANTS, "mine", {**VARIANTS["exo"], "mix": "vg", "anchor_norm": "vg"})
+    runs = write_ends(tmp_path, {("exo", 1): 4.0, ("mine", 1): 3.5, ("gated", 1): 4.5})
+    table, _ = cells(runs)
+    assert table["mine", "loss - gated"] == "-1.0000" and table["mine", "paper's"] == "-"
+    call(compare.main, *runs, f"--png={tmp_path / 'c.png'}")
 
 
 def test_the_picture_has_a_curve_for_every_row_with_the_spread_as_a_band(tmp_path, call, monkeypatch):
