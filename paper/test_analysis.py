@@ -555,6 +555,13 @@ def test_a_file_of_use_gives_the_table_again_and_says_where_it_was_measured(fold
     assert capsys.readouterr().out == first
     line = json.loads((tmp_path / "use.jsonl").read_text().splitlines()[1])
     assert line["run"] == "exo_dynamic" and line["rows"] == 2 and {"machine", "torch", "commit", "command"} <= set(line)
+    call(usage.main, tmp_path / "use.jsonl", f"--out={tmp_path / 'again.jsonl'}")           # as they were measured
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "use.jsonl").read_text()
+    (tmp_path / "other.jsonl").write_text('{"run": "base"}\n')
+    for files, words in ((["use.jsonl", "again.jsonl"], "two runs have one name"),
+                         (["other.jsonl"], "other.jsonl, line 1: not a line of usage.py --out")):
+        with pytest.raises(UserError, match=words):
+            call(usage.main, *(tmp_path / file for file in files))
 
 
 def test_exported_weights_come_back_bit_for_bit(folder, tmp_path, call, monkeypatch, capsys):

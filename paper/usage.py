@@ -22,10 +22,10 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import analyse, anchor_share, validation_windows
-from compare import circumstances, read_lines
+from compare import circumstances
 from figures import Page, heat_map, inner_limits, pyplot
 from model import choose_device, load_checkpoint, read_checkpoint
-from prepare_fineweb import UserError, atomic_write, command_line
+from prepare_fineweb import UserError, atomic_write, check_writable, command_line, json_lines
 from table2 import number, print_table
 
 QUANTITIES = {  # name: (heading in the table, title in the picture)
@@ -63,20 +63,24 @@ def use_over_training(folder, data="", device="cpu", rows=1):
         name: np.stack([use[name] for use in uses], axis=1) for name in uses[0]}
 
 
-def write_uses(runs, path, rows):
-    """Write --out: a line a run, with what it was measured by. null where a layer does not mix the letter."""
-    with atomic_write(path) as file:
-        for label, (tokens, use) in runs.items():
-            values = {name: np.where(np.isnan(table), None, table).tolist() for name, table in use.items()}
-            file.write(json.dumps(dict(run=label, rows=rows, tokens=tokens.tolist(), use=values,
-                                       **circumstances())).encode() + b"\n")
+def measure(folder, data, device, rows):
+    """The record of a run folder, a line of --out; null where a layer does not mix the letter."""
+    tokens, use = use_over_training(folder, data, device, rows)
+    return dict(run=os.path.basename(os.path.normpath(folder)), rows=rows, tokens=tokens.tolist(),
+                use={name: np.where(np.isnan(table), None, table).tolist() for name, table in use.items()},
+                **circumstances(device))
 
 
-def read_uses(path):
-    """{label: (tokens, {quantity: values})} from a file of --out."""
-    return {line["run"]: (np.array(line["tokens"]),
-                          {name: np.array(table, dtype=float) for name, table in line["use"].items()})
-            for line in read_lines(path)}
+def unpack(record):
+    """(label, (tokens, {quantity: values})) of a record of `measure`."""
+    use = {name: np.array(table, dtype=float) for name, table in record["use"].items()}
+    return record["run"], (np.array(record["tokens"]), use)
+
+
+def read_records(path):
+    """The records in a file of --out; UserError for a line that cannot be unpacked."""
+    with open(path, "rb") as file:
+        return list(json_lines(file, path, "a line of usage.py --out", lambda record: unpack(record) and record))
 
 
 def print_uses(runs):
@@ -123,17 +127,19 @@ def main():
     args = parser.parse_args()
     if args.png:
         pyplot()                                                               # said before the work, not after it
-    for path in (args.png, args.out):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"{path}: its folder does not exist")
+    check_writable(args.png)
+    check_writable(args.out)
     device = choose_device(args.device, among=("cuda", "cpu"))
-    runs = {}
+    records = []
     for run in args.runs:
-        runs |= read_uses(run) if run.endswith(".jsonl") else {
-            os.path.basename(os.path.normpath(run)): use_over_training(run, args.data, device, args.rows)}
+        records += read_records(run) if run.endswith(".jsonl") else [measure(run, args.data, device, args.rows)]
+    runs = dict(map(unpack, records))
+    if len(runs) < len(records):
+        raise UserError(f"two runs have one name, among {', '.join(record['run'] for record in records)}")
     print_uses(runs)
     if args.out:
-        write_uses(runs, args.out, args.rows)
+        with atomic_write(args.out) as file:
+            file.writelines(f"{json.dumps(record)}\n".encode() for record in records)
     if args.png:
         print(f"wrote {draw(runs, args.png)}")
 
