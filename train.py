@@ -15,7 +15,7 @@ therefore stores no position in the data.
 import os
 import signal
 
-if __name__ == "__main__":                                  # Ctrl-C during the imports, which take seconds: one line
+if __name__ == "__main__":                                  # one line for Ctrl-C during the imports, which take seconds
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ntrain.py: interrupted\n"), os._exit(128 + signal.SIGINT)))
 
 import argparse
@@ -57,11 +57,12 @@ def print0(line):
 class TrainConfig(Checked):
     """The recipe. The defaults are the paper's (Table 4), except where the README says otherwise."""
     # where
-    data: str = setting("", "folder of token shards; empty: FineWeb-Edu if it is there, else Python's own sources")
+    data: str = setting("", "folder of token shards; empty: FineWeb-Edu if it is there and the preset is not smoke, "
+                        "else Python's own sources")
     out_dir: str = setting("", "run folder for log.jsonl and checkpoints; empty: out/PRESET-VARIANT")
     resume: bool = setting(False, "continue the newest whole checkpoint in out_dir, with its settings")
     init_from: str = setting("", "checkpoint to take the weights and the model's settings from; empty: draw new ones")
-    device: str = setting("auto", "auto: the first there is", ("auto", "cuda", "mps", "cpu"))
+    device: str = setting("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"))
     dtype: str = setting("auto", "bfloat16: float32 weights, bfloat16 compute; pure_bfloat16: as the released code, no "
                          "float32 copy of matrices; auto: bfloat16 on cuda, else float32",
                          ("auto", "float32", "bfloat16", "pure_bfloat16"))
@@ -87,7 +88,7 @@ class TrainConfig(Checked):
     weight_decay: float = setting(0.1, "decoupled; cautious in Muon; on matrices only", low=0)
     warmup_steps: int = setting(1000, "linear warm-up to the peak", low=0)
     decay_fraction: float = setting(0.2, "share of the steps, at the end, with a falling rate", low=0, high=1)
-    final_lr: float = setting(0.1, "what it falls to, as a share of the peak", low=0, high=1)
+    final_lr: float = setting(0.1, "learning rate at the end, as a share of the peak", low=0, high=1)
     grad_clip: float = setting(1.0, "largest norm of the whole gradient", low=1e-12)
     z_loss: float = setting(1e-5, "weight of mean logsumexp^2 in the loss", low=0)
     # how often
@@ -129,7 +130,8 @@ def parse_flags(argv):
     parser.add_argument("--preset", choices=PRESETS, default=None,
                         help="default: paper where there are a CUDA device and the FineWeb shards, else smoke")
     for config in (TrainConfig, ModelConfig):
-        group = parser.add_argument_group(config.__name__)
+        group = parser.add_argument_group(config.__name__, "The defaults are the paper's; --preset and --variant "
+                                          "replace some of them, a flag replaces both.")
         for f in (f for f in fields(config) if f.name != "tokenizer"):            # the data decide the tokenizer
             kind = next(iter(typing.get_args(f.type)), f.type)                    # float | None is given as a float
             switch = dict(type=true_or_false, nargs="?", const=True) if kind is bool else dict(type=kind)
@@ -190,7 +192,8 @@ def resolve(settings):
 
 
 def asked_for(variant, given):
-    """The settings that the flags name, by a variant (but for its n_layer, which a preset may change) or one by one."""
+    """The settings that the command line asks for: those of --variant but its n_layer, which a preset may change, and
+    each flag that was given."""
     row = variant_settings(variant, given) if variant else given
     return {name: value for name, value in row.items() if name != "n_layer" or name in given}
 
@@ -207,9 +210,8 @@ def changed(old, asked, may_change, what):
 def resumed_settings(variant, given, path, checkpoint):
     """(ModelConfig, TrainConfig) of a checkpoint and the flags given now. UserError where they make another run."""
     check_format(checkpoint, path)
-    trained = {name: value for name, value in checkpoint["train_config"].items() if name != "hellaswag_every"}   # gone
     old = {**asdict(config_from(ModelConfig, checkpoint["model_config"], path)),
-           **asdict(config_from(TrainConfig, trained, path))}
+           **asdict(config_from(TrainConfig, checkpoint["train_config"], path))}
     new = changed(old, asked_for(variant, given), MAY_CHANGE_ON_RESUME, "the run to resume")
     for name in sorted(name for name in new if new[name] != old[name] and name not in ("out_dir", "resume")):
         print0(f"changed on resuming: {name} from {old[name]} to {new[name]}; the run may differ from here on")
@@ -245,7 +247,7 @@ class Tokens:
     def __init__(self, folder, split, model_config):
         self.limit = min(get_tokenizer(model_config.tokenizer).n_vocab, model_config.vocab_size)
         self.block_size = model_config.block_size
-        self.paths = [str(path) for path in find_shards(folder, split)]
+        self.paths = find_shards(folder, split)
         self.counts = [shard_tokens(path) for path in self.paths]
         self.starts = np.cumsum([0] + [(count - 1) // self.block_size for count in self.counts])
         if len(self) == 0:
@@ -371,7 +373,7 @@ class RunFolder:
         self.path, self.log_path = path, os.path.join(path, "log.jsonl")
         self.lock = locked(path)
         for name in os.listdir(path):
-            if re.fullmatch(r"ckpt_\d+\.pt\.(part|tmp)", name):            # of a run that was killed while it saved
+            if re.fullmatch(r"ckpt_\d+\.pt\.part", name):                  # of a run that was killed while it saved
                 os.remove(os.path.join(path, name))
         if not resume and self.checkpoints():
             raise UserError(f"{path}: holds a run already; add --resume to continue it, or choose another --out_dir")
@@ -424,7 +426,8 @@ class Stop:
     def __init__(self):
         self.signal, self.problem = 0, ""
         for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & set(signal.Signals.__members__):    # Windows: two
-            signal.signal(signal.Signals[name], self.ask)
+            if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN:                 # nohup: SIGHUP stays ignored
+                signal.signal(signal.Signals[name], self.ask)
 
     def ask(self, number, frame):
         """The signal handler."""
@@ -444,10 +447,11 @@ class Stop:
     def agreed(self, late=False):
         """Why all processes stop now, as a few words; "" if they go on."""
         flags = torch.tensor([self.signal, bool(self.problem), late])
-        self.signal, failed, late = all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        number, failed, late = all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        self.signal = self.signal or number                    # one that came meanwhile is agreed on the next time
         if failed:
             self.problem = self.problem or "another process could not read its data"
-        return self.problem or (signal.Signals(self.signal).name if self.signal else "--max_minutes" if late else "")
+        return self.problem or (signal.Signals(number).name if number else "--max_minutes" if late else "")
 
 
 # ------------------------------------------------------------------------------------------------ 6 step and evaluation
@@ -568,8 +572,8 @@ class Trainer:
         """Continue from what `state` returned. UserError where the data are not the same, KeyError, ValueError or
         RuntimeError where the checkpoint is not of this structure."""
         for split, new in self.shards.items():
-            old = checkpoint["shards"][split]              # an earlier version recorded no checksum
-            if len(old) != len(new) or old != [entry[:len(before)] for entry, before in zip(new, old)]:
+            old = checkpoint["shards"][split]
+            if old != new:
                 raise UserError(f"--data={self.config.data}: its {split} shards are not those that the run began with "
                                 f"({len(old)}, {sum(entry[1] for entry in old):,} tokens); bring the old data back")
         self.model.load_state_dict(checkpoint["model"])
@@ -582,7 +586,7 @@ class Trainer:
                 raise ValueError(f"the state of {type(optimizer).__name__} is not complete")
             optimizer.load_state_dict(state)
         self.step, self.best_val = checkpoint["step"], checkpoint["best_val"]
-        self.saved, self.evaluated = self.step, checkpoint.get("evaluated", self.step)
+        self.saved, self.evaluated = self.step, checkpoint["evaluated"]
 
 
 # ------------------------------------------------------------------------------------------------------------- 7 report

@@ -206,7 +206,7 @@ def run_to_end(command):
     """Exit code of `command`; signals that ask to stop are passed on to it, so that train.py saves before it ends."""
     child = subprocess.Popen(command, start_new_session=True)  # or Ctrl-C would reach it twice, which ends it unsaved
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM)) for number in numbers]
+    before = [signal.signal(number, lambda number, _: child.send_signal(number)) for number in numbers]
     try:
         return child.wait()
     finally:

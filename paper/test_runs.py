@@ -296,7 +296,7 @@ def test_a_signal_is_obeyed_after_the_step(name, times, data, tmp_path, monkeypa
         return update(trainer, windows)
     monkeypatch.setattr(T.Trainer, "update", signalled)
     handlers = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM, number)}
-    signal.signal(number, signal.SIG_IGN)                                   # a run that is deaf to it ends with code 0
+    signal.signal(number, lambda *_: None)                                  # a run that is deaf to it ends with code 0
     try:
         assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, stop=T.Stop) == 128 + number
     finally:
@@ -304,6 +304,33 @@ def test_a_signal_is_obeyed_after_the_step(name, times, data, tmp_path, monkeypa
             signal.signal(other, handler)
     assert f"stopped by {name} after step 5, saved" in capsys.readouterr().out
     assert newest_of(tmp_path / "a") == "ckpt_000005.pt"
+
+
+def test_a_hangup_is_ignored_under_nohup():
+    """nohup starts a program with SIGHUP ignored, so that it outlives the terminal."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = T.Stop()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.agreed() == ""
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed() == "SIGUSR1"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
+    stop, reduce = T.Stop.__new__(T.Stop), T.all_reduce
+    stop.signal, stop.problem = 0, ""
+
+    def signalled(flags, operation):
+        stop.signal = signal.SIGUSR1
+        return reduce(flags, operation)
+    monkeypatch.setattr(T, "all_reduce", signalled)
+    assert [stop.agreed(), stop.agreed()] == ["", "SIGUSR1"]
 
 
 @pytest.mark.slow

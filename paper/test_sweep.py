@@ -166,24 +166,25 @@ def test_every_run_of_an_ablation_is_a_configuration_of_its_own(jobs_of, ablatio
                for name, value in job.change.items() if name in vars(config))
 
 
-def test_signals_reach_the_training_process_once(tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_signals_reach_the_training_process_once(name, tmp_path):
     """The child's exit code tells how often; 10 more if Ctrl-C of the terminal would have reached it as well."""
     child = (
-        "import os, signal, sys, time\ncount = []\nsignal.signal(signal.SIGTERM, lambda *_: count.append(1))\n"
+        f"import os, signal, sys, time\ncount = []\nsignal.signal(signal.{name}, lambda *_: count.append(1))\n"
         f"open({str(tmp_path / 'up')!r}, 'w').close()\n"
         "end = time.time() + 10\nwhile not count and time.time() < end: time.sleep(0.01)\n"
         f"time.sleep(0.1)\nsys.exit(100 + len(count) + 10 * (os.getpgrp() == {os.getpgrp()}))\n"
     )
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.Signals[name])
 
     def interrupt():
         while not os.path.exists(tmp_path / "up"):
             threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.Signals[name])
 
     threading.Thread(target=interrupt).start()
     assert sweep.run_to_end([sys.executable, "-c", child]) == 101
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.Signals[name]) is before
 
 
 def test_estimated_work_is_training_and_a_third_for_evaluations(jobs_of):
