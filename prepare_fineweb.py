@@ -101,6 +101,12 @@ def atomic_write(path):
         raise
 
 
+def check_writable(path):
+    """UserError if no file can be written to `path`, for a script to say so before its work; "" is no file."""
+    if path and (os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK)):
+        raise UserError(f"{path}: must be a file in a folder that exists and can be written")
+
+
 def publish_file(part, path):
     """Rename a complete file or folder so that even a power cut leaves all of it or nothing under the new name."""
     if os.path.isfile(part):
@@ -358,7 +364,7 @@ def write_splits(paths, stem, tokenizer, workers, limit, val_fraction):
         split = "val" if int((n + 1) * val_fraction) > int(n * val_fraction) else "train"
         waiting[split].append(np.append(tokenizer.eot, tokens).astype(np.uint16))
         counts[split] += 1 + len(tokens)
-        write(split, limit)
+        write(split, limit + 2 * WINDOW)                           # the end of "train" may have to become "val"
         bar.update(counts["read"] / 1e6, f", {counts['train'] + counts['val']:,} tokens")
     bar.end()
     if not counts["train"]:

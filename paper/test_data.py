@@ -225,11 +225,12 @@ def test_every_nth_document_is_held_out_and_none_is_in_both(tmp_path):
     assert all_tokens(tmp_path / "out", "train") == byte_documents(t for n, t in enumerate(texts, 1) if n % 10)
 
 
-@pytest.mark.parametrize("window, held_out", [(1, 200), (257, 257)])
-def test_single_text_holds_out_its_end_at_least_a_training_window(tmp_path, monkeypatch, window, held_out):
+@pytest.mark.parametrize("window, held_out, limit", [(1, 200, 10_000), (257, 257, 10_000), (257, 257, 1999)])
+def test_single_text_holds_out_its_end_at_least_a_training_window(tmp_path, monkeypatch, window, held_out, limit):
+    """Also where a shard ends two tokens before the text does."""
     monkeypatch.setattr(pf, "WINDOW", window)
     (tmp_path / "a.txt").write_text("abcdefghij" * 200)
-    make_shards(tmp_path / "out", [tmp_path / "a.txt"], val_fraction=0.1)
+    make_shards(tmp_path / "out", [tmp_path / "a.txt"], val_fraction=0.1, shard_tokens=limit)
     tokens = byte_documents(["abcdefghij" * 200])
     assert all_tokens(tmp_path / "out", "train") == tokens[:-held_out]
     assert all_tokens(tmp_path / "out", "val") == [256, *tokens[-held_out:]]
