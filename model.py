@@ -299,7 +299,7 @@ class Positions:
         channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
         angle = torch.outer(self.query.float(), config.rope_theta ** (-channel / config.head_dim))
         cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
-        table = torch.cat((cos, cos, -sin, sin), dim=-1)           # one tensor, or each kernel redoes the cosines
+        table = torch.cat((cos, cos, -sin, sin), dim=-1)           # in one tensor: else each kernel redoes the cosines
         self.cos, self.sin = table.chunk(2, dim=-1)                         # (T, 1, D)
         self.kernel = self.choose_kernel(length, device)
 
@@ -320,7 +320,7 @@ class Positions:
         return self.visible(row, None, self.query[:, None], self.key)
 
     def choose_kernel(self, length, device):
-        """softmax(q k^T / sqrt(D)) v of (B, H, T, D) tensors, with a mask only where the rule is not plain causality.
+        """The function softmax(q k^T / sqrt(D)) v of (B, H, T, D) tensors; masked only beyond plain causality.
 
         FlexAttention skips blocks of 128 x 128 that nobody sees; it is fast only when compiled for CUDA.
         """
@@ -381,7 +381,7 @@ class StaticMixing(nn.Module):
         self.letters = letters
 
     def forward(self, h):
-        ones = torch.ones(2, device=h.device).unbind()       # two tensors: Dynamo refuses one that comes in twice
+        ones = torch.ones(2, device=h.device).unbind()       # two: torch.compile refuses one tensor passed twice
         return dict.fromkeys(self.letters, ones)
 
 
@@ -472,7 +472,7 @@ class Gate(nn.Module):
     """Elementwise gate on the attention output: u * sigmoid(g), both (B, T, H, D)."""
 
     def forward(self, u, proj):
-        return (u * torch.sigmoid(proj["g"].float())).type_as(u)       # Eq. 5, 6; a bfloat16 sigmoid would be kept
+        return (u * torch.sigmoid(proj["g"].float())).type_as(u)       # Eq. 5, 6; the sigmoid in float32
 
 
 class NoGate(nn.Module):
@@ -607,7 +607,7 @@ class ExoFormer(nn.Module):
         """
         logits, targets = self.forward(idx, docs).flatten(0, 1).float(), targets.flatten()[:, None]
         log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-        # the target's logit by comparison: with gather or cross_entropy the backward pass fills all logits twice
+        # the target's logit by comparison: the backward pass of gather fills a second tensor as large as the logits
         is_target = torch.arange(logits.size(-1), device=logits.device) == targets
         log_p = torch.where(is_target, logits, 0).sum(-1, keepdim=True) - log_sum
         counted = targets != -100
@@ -615,18 +615,21 @@ class ExoFormer(nn.Module):
         return cross_entropy, z
 
     @classmethod
-    def from_released(cls, state_dict, n_head=None, block_size=2048, anchor_norm=None, **settings):
-        """Build a model from a state dict of the paper's released code; the variant is read off the keys.
+    def from_released(cls, checkpoint, n_head=None, anchor_norm=None, **settings):
+        """Build a model from a checkpoint, or a bare state dict, of the paper's released code; the variant is read off
+        the keys.
 
         n_head       needed only where neither a QKNorm nor a lambda tells the head size
         anchor_norm  "" or "qk", for the one case the keys cannot tell: internal anchors, q or k mixed, no norm of
                      their own. Absent, "qk" is taken and a line says so
-        settings     further ModelConfig fields that leave no trace in the keys: rope_theta, tokenizer
+        settings     further ModelConfig fields that leave no trace in the keys: block_size, rope_theta, tokenizer
 
         Every key must be used, or be one that the released forward pass never reads. UserError otherwise.
         """
-        theirs = released_names(state_dict)
-        config = released_config(theirs, n_head, anchor_norm, block_size=block_size, **settings)
+        trained_with = checkpoint.get("model_args", {})
+        told = {name: trained_with[name] for name in ("block_size", "rope_theta") if name in trained_with}
+        theirs = released_names(checkpoint.get("model", checkpoint))
+        config = released_config(theirs, n_head, anchor_norm, **{**told, **settings})
         model = cls(config)
         model.load_state_dict(translate_released(theirs, model.state_dict(), config))
         return model
@@ -805,9 +808,7 @@ def load_checkpoint(path, device="cpu"):
     checkpoint = read_checkpoint(path)
     check_format(checkpoint, path)
     if "model_config" not in checkpoint:
-        args = checkpoint.get("model_args", {})
-        return ExoFormer.from_released(checkpoint.get("model", checkpoint), block_size=args.get("block_size", 2048),
-                                       rope_theta=args.get("rope_theta", 500_000.0)).to(device)
+        return ExoFormer.from_released(checkpoint).to(device)
     try:
         model = ExoFormer(config_from(ModelConfig, checkpoint["model_config"], path))
         model.load_state_dict(checkpoint["model"])
@@ -828,7 +829,7 @@ RELEASED_NAMES = (  # (our name, the released code's), tried in order on each of
 )
 
 DEAD_IN_RELEASED = (  # tensors the released files carry but their forward pass never reads
-    r"transformer\.layers\.\d+\.attn\.[vg]_norm\.weight",               # v_norm, g_norm: only layer 0's norm an anchor
+    r"transformer\.layers\.\d+\.attn\.[vg]_norm\.weight",               # v_norm, g_norm: of use in layer 0 at most
     r"transformer\.layers\.0\.attn\.(lambda_[qkvg][12]|dynamic_mixing\..*)",     # an internal anchor's own layer
     r"anchor_[qkvg]_norm\.weight",                                        # of a component that is not mixed
 )
@@ -949,7 +950,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token every time")
     parser.add_argument("--top_k", type=int, default=50, help="choose among this many likeliest tokens")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes the first there is")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto takes the first there is")
     args = parser.parse_args()
     for broken, message in ((args.prompt and not args.ckpt, "--prompt needs a model to continue it: add --ckpt=PATH"),
                             (args.num_samples < 1, "--num_samples must be at least 1"),

@@ -49,10 +49,7 @@ def load(path, n_head=None, anchor_norm=None):
     checkpoint = read_checkpoint(path)
     if "model_config" in checkpoint:
         raise UserError(f"{path} is in this project's own format already; use it as it is (paper/perplexity.py)")
-    trained_with = checkpoint.get("model_args", {})
-    settings = {name: trained_with[name] for name in ("block_size", "rope_theta") if name in trained_with}
-    state = checkpoint.get("model", checkpoint)
-    return checkpoint, ExoFormer.from_released(state, n_head=n_head, anchor_norm=anchor_norm, **settings).eval()
+    return checkpoint, ExoFormer.from_released(checkpoint, n_head, anchor_norm).eval()
 
 
 def describe(path, checkpoint, model):
