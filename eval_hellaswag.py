@@ -5,7 +5,7 @@ HellaSwag: which of four endings of a short story does a language model find the
     python eval_hellaswag.py --ckpt=PATH --shots=5 --out=exo.jsonl   with five solved examples, as in the paper
 
 Two results can be compared only if they follow the same convention: how an item becomes text, and by what the summed
-log-probability of an ending is divided before the largest is taken. One pass over the items gives all three quotients.
+log-probability of an ending is divided before the largest is taken. One pass over the items gives all three accuracies.
 
     --style    text                                                               the number usually quoted
     lmeval     "activity: ctx_a Ctx_b", WikiHow's [title] marks cleaned away      acc, acc_norm (characters)
@@ -30,7 +30,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from model import KVCache, choose_device, compute_dtype, load_checkpoint
-from prepare_fineweb import Progress, UserError, atomic_write, command_line, download, get_tokenizer, json_lines, say
+from prepare_fineweb import (Progress, UserError, atomic_write, check_writable, command_line, download, get_tokenizer,
+                             json_lines, say)
 
 # --------------------------------------------------------------------------------------------------------------- 1 data
 
@@ -179,7 +180,7 @@ def shape_of(item, block_size):
 
 
 def plan(items, block_size, batch_tokens):
-    """Batches (prefix, length, items) of items with equal prefixes and similar lengths, at most `length`.
+    """Batches (prefix, length, items) of items with prefixes of one length and similar lengths, at most `length`.
 
     A batch has room for batch_tokens tokens, where a shared prefix counts four times; one item always fits.
     """
@@ -303,8 +304,7 @@ def parse_arguments():
 def main():
     """Score a checkpoint, print the accuracies with the convention they follow, write --out."""
     args = parse_arguments()
-    if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
-        raise UserError(f"--out={args.out}: its folder does not exist or cannot be written")      # not after the work
+    check_writable(args.out)
     model = load_checkpoint(args.ckpt, choose_device(args.device))
     config = model.config
     if config.tokenizer != "gpt2" or config.vocab_size < 50257:

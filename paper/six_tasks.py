@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from eval_hellaswag import read_bytes, score_rows
 from model import TABLE_3, choose_device, count_parameters, load_checkpoint, variant_name
-from prepare_fineweb import Progress, UserError, atomic_write, command_line, get_tokenizer, json_lines
+from prepare_fineweb import Progress, UserError, atomic_write, check_writable, command_line, get_tokenizer, json_lines
 
 FEWSHOT_SEED = 1234                                 # lm_eval's default; the examples in front of an item follow from it
 
@@ -288,8 +288,7 @@ def main():
     args = parse_arguments()
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("needs lm_eval: pip install -r paper/requirements.txt")
-    if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
-        raise UserError(f"--out={args.out}: its folder does not exist or cannot be written")  # not after the work
+    check_writable(args.out)
     model = load_checkpoint(args.ckpt, choose_device(args.device, among=("cuda", "cpu"))).eval()
     needed = get_tokenizer(model.config.tokenizer).n_vocab
     if model.config.vocab_size < needed:
