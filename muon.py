@@ -47,7 +47,7 @@ def split(p, parts):
 
 @torch.no_grad()
 def normalise_rows(update, variance, beta2):
-    """NorMuon (arXiv 2510.05491): divide each row (column, if wide) by its running RMS, at equal Frobenius norm.
+    """NorMuon (arXiv 2510.05491): divide each row (column, if wide) by its running RMS; keep the matrix's norm.
 
     `variance`, the running mean square, (N, rows, 1) or (N, 1, cols), is changed in place.
     """

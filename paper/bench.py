@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from compare import circumstances
 from model import VARIANTS, ExoFormer, choose_device, flops_per_token, generate, variant_config
 from prepare_fineweb import Progress, command_line, say, write_meta, write_shard
-from train import Trainer, fresh_settings, resolve
+from train import Trainer, fresh_settings, resolve, to_batch
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
@@ -85,9 +85,7 @@ def bench_step(args):
     config, tokens = trainers["gated"].config, args.batch_size * args.block_size
     windows = np.random.default_rng(0).integers(0, args.vocab_size, (1, args.batch_size, args.block_size + 1))
     windows[windows < args.vocab_size // 512] = trainers["gated"].tokenizer.eot          # documents of about 512 tokens
-    batch = torch.from_numpy(windows[0]).to(config.device)
-    docs = (batch[:, :-1] == trainers["gated"].tokenizer.eot).cumsum(1) if config.mask_documents else None
-    batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), docs
+    batch = to_batch(windows[0], trainers["gated"].tokenizer.eot, config)
     actions = {}
     for variant, trainer in trainers.items():
         actions[variant, "pass"] = functools.partial(forward_backward, trainer, batch)

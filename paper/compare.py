@@ -40,7 +40,7 @@ from train import TrainConfig
 # --------------------------------------------------------------------------------------------------------------- 1 runs
 
 NOT_THE_EXPERIMENT = set("""seed out_dir resume device compile deterministic max_minutes batch_size save_every keep
-    log_every sample_tokens hellaswag_every""".split())
+    log_every sample_tokens""".split())
 DEFAULTS = {**vars(TrainConfig()), **vars(ModelConfig())}      # also of settings that a run of older code did not have
 WHAT_IS_MEASURED = "data tokenizer vocab_size block_size mask_documents eval_tokens final_eval_tokens".split()
 
@@ -116,7 +116,7 @@ def circumstances(device="cpu"):
     if os.path.exists("/proc/cpuinfo"):                                                       # Linux knows the model
         with open("/proc/cpuinfo") as file:
             processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
-    machine = (torch.cuda.get_device_name() if device == "cuda" else
+    machine = (torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else
                f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()

@@ -164,6 +164,12 @@ def test_the_agreement_with_the_papers_order_is_over_rows_of_table_3_alone(tmp_p
     assert line.endswith("perplexity: +0.87 (means, 3 rows), +1.00 (seed 1, 3 rows), +0.50 (seed 2, 3 rows)")
 
 
+def test_runs_of_a_gpu_can_be_compared_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = compare.read_run(write_run(tmp_path / "exo", [(0, 8.0), (400, 4.0)], "exo", device="cuda"))
+    assert run.loss == 4.0 and run.origin["machine"]
+
+
 def test_one_table_comes_from_the_files_of_two_seeds_of_which_one_is_unfinished(tmp_path, call, monkeypatch, capsys):
     """It is the table of the run folders; where only seed 1 has a row, the row and its differences are seed 1's."""
     ends = {("base", 1): 4.0, ("gated", 1): 3.9, ("exo", 1): 3.5, ("resformer", 1): 3.6, ("base", 2): 4.2,
