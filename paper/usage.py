@@ -67,7 +67,7 @@ def measure(folder, data, device, rows):
     """The record of a run folder, a line of --out; null where a layer does not mix the letter."""
     tokens, use = use_over_training(folder, data, device, rows)
     return dict(run=os.path.basename(os.path.normpath(folder)), rows=rows, tokens=tokens.tolist(),
-                use={name: np.where(np.isnan(table), None, table).tolist() for name, table in use.items()},
+                use={name: np.where(np.isnan(table), None, table.round(5)).tolist() for name, table in use.items()},
                 **circumstances(device))
 
 
