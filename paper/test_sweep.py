@@ -50,8 +50,9 @@ def data(tmp_path, write_data):
 
 
 @pytest.fixture
-def jobs_of(call, data):
-    """jobs_of(*flags): the plan of a sweep of `data`."""
+def jobs_of(call, data, tmp_path, monkeypatch):
+    """jobs_of(*flags): the plan of a sweep of `data`, in a folder where there is no out/."""
+    monkeypatch.chdir(tmp_path)
     return lambda *flags: sweep.plan(call(sweep.parse_arguments, f"--data={data}", *flags))
 
 
@@ -158,8 +159,10 @@ def test_layers_follow_the_papers_rule_for_equal_parameters():
 
 @pytest.mark.parametrize("ablation", sweep.ABLATIONS)
 def test_every_run_of_an_ablation_is_a_configuration_of_its_own(jobs_of, ablation):
+    """Its folder is that of the setting's other sweeps, so that a run that two of them need is made once."""
     jobs, count = jobs_of(f"--ablation={ablation}", "--seeds=1,2"), len(sweep.ABLATIONS[ablation])
     assert len({job.name for job in jobs}) == len(jobs) == 2 * count
+    assert {job.out_dir for job in jobs + jobs_of("--variants=exo")} == {"out/sweep-quarter_hour"}
     configs = [job.configs() for job in jobs if job.settings["seed"] == 1]
     assert len({str((model, asdict(config) | {"out_dir": ""})) for model, config in configs}) == count
     assert all(vars(config)[name] == value for job, pair in zip(jobs, configs) for config in pair
