@@ -6,6 +6,7 @@ import pathlib
 import statistics
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -291,3 +292,21 @@ def test_the_readme_holds_the_numbers_of_the_committed_ablations():
         cells = compare.cells_of(group, groups)
         shown = [cells[name] for name in ("variant", "val loss", "loss - gated", "loss - first of its variant")]
         assert f"| {' | '.join(shown)} |" in lines
+
+
+def test_the_readme_holds_the_numbers_of_the_longer_run():
+    """Losses, and Table 2's quantities over training: averages over the layers of four models, in one cell each."""
+    groups, lines, _ = committed("long")
+    for group in groups:
+        cells = compare.cells_of(group, groups)
+        shown = [cells[name] for name in ("variant", "val loss", "loss - base", "tokens, base / own", "loss - gated",
+                                          "tokens, gated / own")]
+        assert f"| {' | '.join(shown)} |" in lines
+    records = [json.loads(line) for line in (HERE / "results" / "long_use.jsonl").read_text().splitlines()]
+    for tokens in (0, 204_800, 409_600, 614_400, 1_228_800, 2_457_600, 5_120_000, 10_240_000):
+        def average(name, record, digits):
+            return f"{np.mean([layer[record['tokens'].index(tokens)] for layer in record['use'][name]]):.{digits}f}"
+        shown = [", ".join(average(name, record, digits) for record in records) for name, digits in (
+            ("attention_sink", 4), ("token_similarity", 3), ("pca_core_features", 0))]
+        shown.append(", ".join(average(name, records[2], 2) for name in "qkvg"))
+        assert f"| {tokens:,} | {' | '.join(shown)} |" in lines
