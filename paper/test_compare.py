@@ -287,11 +287,15 @@ def test_the_readmes_hold_the_numbers_of_the_committed_sweep():
 
 
 def test_the_readme_holds_the_numbers_of_the_committed_ablations():
-    groups, lines, _ = committed("ablations")
+    groups, lines, _ = committed("ablations", "rates")
     for group in groups:
         cells = compare.cells_of(group, groups)
         shown = [cells[name] for name in ("variant", "val loss", "loss - gated", "loss - first of its variant")]
         assert f"| {' | '.join(shown)} |" in lines
+    own_rate = [group for group in groups if not {"optimizer", "muon_lr"} & set(group.changes)]
+    baselines = [compare.baseline_of(group, groups, compare.FIRST) for group in own_rate]
+    errors = [compare.difference(*pair)[1] for pair in zip(own_rate, baselines) if pair[1]]
+    assert f"the last column is {math.sqrt(statistics.fmean(e * e for e in errors)):.3f}." in " ".join(lines)
 
 
 def test_the_readme_holds_the_numbers_of_the_longer_run():
