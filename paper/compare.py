@@ -93,6 +93,12 @@ def read_lines(path):
     return list(json_lines(lines, path, "a JSON record", dict))
 
 
+def write_lines(records, path):
+    """Write JSON objects to a file, one a line."""
+    with atomic_write(path) as file:
+        file.writelines(f"{json.dumps(record)}\n".encode() for record in records)
+
+
 def read_log(folder):
     """The records of a run's log.jsonl, in order: a step has a "loss", an evaluation a "val_loss"."""
     return read_lines(os.path.join(folder, "log.jsonl"))
@@ -153,8 +159,7 @@ def read_runs(path):
 
 def write_runs(runs, path):
     """Write --out: a line a run, so that a file under version control grows by lines."""
-    with atomic_write(path) as file:
-        file.writelines(f"{json.dumps(asdict(run))}\n".encode() for run in runs)
+    write_lines(map(asdict, runs), path)
 
 
 # ------------------------------------------------------------------------------------------------------------- 2 groups

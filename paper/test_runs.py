@@ -285,8 +285,18 @@ def test_output_that_cannot_be_written_does_not_stop_training(where, data, tmp_p
 ENDLESS = ["--max_steps=100000", "--eval_every=0", "--save_every=0"]
 
 
+@pytest.fixture
+def handlers():
+    """The signal handlers of this process are put back after the test."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name, times", [("SIGTERM", 1), ("SIGHUP", 2), ("SIGUSR1", 2)])
-def test_a_signal_is_obeyed_after_the_step(name, times, data, tmp_path, monkeypatch, capsys):
+def test_a_signal_is_obeyed_after_the_step(name, times, data, handlers, tmp_path, monkeypatch, capsys):
     """A closed terminal may say so twice."""
     number, update = signal.Signals[name], T.Trainer.update
 
@@ -295,31 +305,20 @@ def test_a_signal_is_obeyed_after_the_step(name, times, data, tmp_path, monkeypa
             os.kill(os.getpid(), number)
         return update(trainer, windows)
     monkeypatch.setattr(T.Trainer, "update", signalled)
-    handlers = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM, number)}
     signal.signal(number, lambda *_: None)                                  # a run that is deaf to it ends with code 0
-    try:
-        assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, stop=T.Stop) == 128 + number
-    finally:
-        for other, handler in handlers.items():
-            signal.signal(other, handler)
+    assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, stop=T.Stop) == 128 + number
     assert f"stopped by {name} after step 5, saved" in capsys.readouterr().out
     assert newest_of(tmp_path / "a") == "ckpt_000005.pt"
 
 
-def test_a_hangup_is_ignored_under_nohup():
+def test_a_hangup_is_ignored_under_nohup(handlers):
     """nohup starts a program with SIGHUP ignored, so that it outlives the terminal."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        stop = T.Stop()
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.agreed() == ""
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.agreed() == "SIGUSR1"
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stop = T.Stop()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.agreed() == ""
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.agreed() == "SIGUSR1"
 
 
 def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):

@@ -12,7 +12,6 @@ gamma_1 lambda_1 S_anc and gamma_2 lambda_2 S_n, which can be compared between a
 """
 import argparse
 import glob
-import json
 import os
 import re
 import sys
@@ -22,10 +21,10 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import analyse, anchor_share, validation_windows
-from compare import circumstances
+from compare import circumstances, write_lines
 from figures import Page, heat_map, inner_limits, pyplot
 from model import choose_device, load_checkpoint, read_checkpoint
-from prepare_fineweb import UserError, atomic_write, check_writable, command_line, json_lines
+from prepare_fineweb import UserError, check_writable, command_line, json_lines
 from table2 import number, print_table
 
 QUANTITIES = {  # name: (heading in the table, title in the picture)
@@ -138,8 +137,7 @@ def main():
         raise UserError(f"two runs have one name, among {', '.join(record['run'] for record in records)}")
     print_uses(runs)
     if args.out:
-        with atomic_write(args.out) as file:
-            file.writelines(f"{json.dumps(record)}\n".encode() for record in records)
+        write_lines(records, args.out)
     if args.png:
         print(f"wrote {draw(runs, args.png)}")
 
