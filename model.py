@@ -320,7 +320,7 @@ class Positions:
         return self.visible(row, None, self.query[:, None], self.key)
 
     def choose_kernel(self, length, device):
-        """The function softmax(q k^T / sqrt(D)) v of (B, H, T, D) tensors; masked only beyond plain causality.
+        """The function of q, k, v (B, H, T, D) that is softmax(q k^T / sqrt(D)) v, with a mask where needed.
 
         FlexAttention skips blocks of 128 x 128 that nobody sees; it is fast only when compiled for CUDA.
         """
@@ -622,7 +622,8 @@ class ExoFormer(nn.Module):
         n_head       needed only where neither a QKNorm nor a lambda tells the head size
         anchor_norm  "" or "qk", for the one case the keys cannot tell: internal anchors, q or k mixed, no norm of
                      their own. Absent, "qk" is taken and a line says so
-        settings     further ModelConfig fields that leave no trace in the keys: block_size, rope_theta, tokenizer
+        settings     further ModelConfig fields that leave no trace in the keys: tokenizer, block_size and rope_theta; the last
+                     two are the checkpoint's where it names them
 
         Every key must be used, or be one that the released forward pass never reads. UserError otherwise.
         """
