@@ -622,8 +622,8 @@ class ExoFormer(nn.Module):
         n_head       needed only where neither a QKNorm nor a lambda tells the head size
         anchor_norm  "" or "qk", for the one case the keys cannot tell: internal anchors, q or k mixed, no norm of
                      their own. Absent, "qk" is taken and a line says so
-        settings     further ModelConfig fields that leave no trace in the keys: tokenizer, block_size and rope_theta; the last
-                     two are the checkpoint's where it names them
+        settings     further ModelConfig fields that leave no trace in the keys: tokenizer, block_size, rope_theta; the
+                     last two are the checkpoint's where it names them
 
         Every key must be used, or be one that the released forward pass never reads. UserError otherwise.
         """
