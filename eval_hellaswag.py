@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import KVCache, choose_device, compute_dtype, load_checkpoint
+from model import choose_device, compute_dtype, InputError, KVCache, load_checkpoint
 from prepare_fineweb import (Progress, UserError, atomic_write, check_writable, command_line, download, get_tokenizer,
                              json_lines, say)
 
@@ -329,4 +329,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main, memory="use a smaller --batch_tokens")
+    command_line(main, InputError, memory="use a smaller --batch_tokens")

@@ -40,16 +40,10 @@ are computed in float32, and so is mixing where the parameters are.
 `python model.py` prints the table of variants; `python model.py --ckpt=PATH --prompt="Once"` samples from a checkpoint.
 """
 import argparse
-import contextlib
 import functools
-import importlib.util
 import math
-import os
 import pickle
 import re
-import shutil
-import subprocess
-import sysconfig
 import zipfile
 import zlib
 from dataclasses import dataclass, field, fields
@@ -59,9 +53,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from prepare_fineweb import UserError, atomic_write, command_line, get_tokenizer, say
 
 # ------------------------------------------------------------------------------------------------------------- 1 config
+
+class InputError(ValueError):
+    """A setting, a file or a device that cannot be used. One line for its user: what is wrong, the value, the remedy."""
+
 
 COMPONENTS = "qkvg"                 # the order of rows in every fused projection and of the slots of Eq. 11
 GRANULARITY = {                     # the shape of a lambda, to broadcast against (..., H, D); Section 3
@@ -77,18 +74,18 @@ def setting(default, help, choices=None, low=-math.inf, high=math.inf):
 
 
 class Checked:
-    """A frozen dataclass of settings; UserError if a field is out of range or a rule in `problems` is broken."""
+    """A frozen dataclass of settings; InputError if a field is out of range or a rule in `problems` is broken."""
 
     def __post_init__(self):
         for f in fields(self):
             value, choices, low, high = vars(self)[f.name], *(f.metadata[key] for key in ("choices", "low", "high"))
             if choices and value not in choices:
-                raise UserError(f"{f.name}={value!r} must be one of {', '.join(choices)}")
+                raise InputError(f"{f.name}={value!r} must be one of {', '.join(choices)}")
             if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
-                raise UserError(f"{f.name}={value} must be a number from {low:g} to {high:g}")
+                raise InputError(f"{f.name}={value} must be a number from {low:g} to {high:g}")
         for broken, message in self.problems():
             if broken:
-                raise UserError(message)
+                raise InputError(message)
 
     def problems(self):
         """The rules between fields, as (is broken, what to say)."""
@@ -625,7 +622,7 @@ class ExoFormer(nn.Module):
         settings     further ModelConfig fields that leave no trace in the keys: tokenizer, block_size, rope_theta; the
                      last two are the checkpoint's where it names them
 
-        Every key must be used, or be one that the released forward pass never reads. UserError otherwise.
+        Every key must be used, or be one that the released forward pass never reads. InputError otherwise.
         """
         trained_with = checkpoint.get("model_args", {})
         told = {name: trained_with[name] for name in ("block_size", "rope_theta") if name in trained_with}
@@ -639,24 +636,12 @@ class ExoFormer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- 6 use
 
 def choose_device(name, among=("cuda", "mps", "cpu")):
-    """The device of a --device flag; "auto" takes the first of `among` that is there. UserError where none is."""
+    """The device of a --device flag; "auto" takes the first of `among` that is there. InputError where none is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [device for device in among if there[device]]
     if name not in ("auto", *usable):
-        raise UserError(f"--device={name} is not there: torch can use {', '.join(usable)} on this machine")
+        raise InputError(f"--device={name} is not there: torch can use {', '.join(usable)} on this machine")
     return usable[0] if name == "auto" else name
-
-
-def check_compiler(device):
-    """UserError where torch.compile would find no compiler: Triton builds a C extension, a CPU needs C++."""
-    names = [os.environ.get("CC", "gcc"), "clang"] if device == "cuda" else [os.environ.get("CXX", "g++"), "clang++"]
-    header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    needs = {" or ".join(names): any(map(shutil.which, names))}
-    if device == "cuda":
-        needs |= {f"{header} (python3-dev)": os.path.exists(header), "triton": importlib.util.find_spec("triton")}
-    if missing := [name for name, there in needs.items() if not there]:
-        raise UserError(f"torch.compile needs {' and '.join(missing)}: install that, or run with --compile=false, "
-                        "slower and with more memory")
 
 
 class KVCache:
@@ -736,39 +721,11 @@ def flops_per_token(model, length):
     return 6 * entries + 12 * model.config.n_layer * model.config.n_embd * length
 
 
-PEAK_FLOPS = {  # dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; MFU is n/a for others
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
-}
-
-
-def peak_flops(device):
-    """Peak bfloat16 FLOP/s of this machine's device; infinite where it is not known, so that a share of it is 0."""
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.inf)
-
-
-@functools.cache
-def git_revision():
-    """The commit of this code, or "unknown"."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    return "unknown"
-
-
-FORMAT = 1                          # of the checkpoints that this version writes, and the newest that it reads
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values so that a crash leaves the old file or the whole new one."""
-    with atomic_write(path) as file:
-        torch.save({"format": FORMAT, "git_revision": git_revision(), "torch_version": str(torch.__version__),
-                    **checkpoint}, file)
+FORMAT = 1                          # of the checkpoints that train.py writes, and the newest that this file reads
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file, on the CPU. UserError if it is missing, damaged or holds anything but data.
+    """The dict in a checkpoint file, on the CPU. InputError if it is missing, damaged or holds anything but data.
 
     torch.load does not notice a flipped bit; the CRC of every record of the zip archive does.
     """
@@ -778,29 +735,29 @@ def read_checkpoint(path):
         if damaged is None:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
+        raise InputError(f"{path}: no such checkpoint") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
             pickle.UnpicklingError) as error:
         why = f"{type(error).__name__}: {str(error)[:80]}".split("\n")[0]
-        raise UserError(f"{path} is not a whole checkpoint ({why})") from None
+        raise InputError(f"{path} is not a whole checkpoint ({why})") from None
     if damaged is not None:
-        raise UserError(f"{path} is damaged: its record {damaged} fails its checksum")
+        raise InputError(f"{path} is damaged: its record {damaged} fails its checksum")
     if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+        raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
 
 
 def check_format(checkpoint, path):
-    """UserError for a checkpoint in a format that a later version of this code has written."""
+    """InputError for a checkpoint in a format that a later version of this code has written."""
     if checkpoint.get("format", FORMAT) > FORMAT:
-        raise UserError(f"{path} has format {checkpoint['format']}, newer than this code's {FORMAT}; update the code")
+        raise InputError(f"{path} has format {checkpoint['format']}, newer than this code's {FORMAT}; update the code")
 
 
 def config_from(kind, settings, path):
-    """A ModelConfig or TrainConfig (`kind`) from the dict in checkpoint `path`. UserError for an unknown setting."""
+    """A ModelConfig or TrainConfig (`kind`) from the dict in checkpoint `path`. InputError for an unknown setting."""
     unknown = sorted(set(settings) - {f.name for f in fields(kind)})
     if unknown:
-        raise UserError(f"{path} has settings this version does not know: {', '.join(unknown)}; update the code")
+        raise InputError(f"{path} has settings this version does not know: {', '.join(unknown)}; update the code")
     return kind(**settings)
 
 
@@ -815,7 +772,7 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(checkpoint["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         why = str(error).split("\n")[-1].strip()
-        raise UserError(f"{path}: its weights do not fit its configuration ({why})") from None
+        raise InputError(f"{path}: its weights do not fit its configuration ({why})") from None
     return model.to(device)
 
 
@@ -845,12 +802,12 @@ def released_names(state):
 def released_config(state, n_head, anchor_norm, **settings):
     """The ModelConfig that a released state dict was trained with, from its keys and shapes alone."""
     if "transformer.wte.weight" not in state:
-        raise UserError(f"not a checkpoint of the released code: no transformer.wte.weight among {len(state)} keys")
+        raise InputError(f"not a checkpoint of the released code: no transformer.wte.weight among {len(state)} keys")
     vocab_size, n_embd = state["transformer.wte.weight"].shape
     n_layer = len({key.split(".")[2] for key in state if key.startswith("transformer.layers.")})
     for needed in ("transformer.layers.0.mlp.fc1.weight", f"transformer.layers.{n_layer - 1}.attn.c_attn.weight"):
         if needed not in state:
-            raise UserError(f"the checkpoint lacks {needed}")
+            raise InputError(f"the checkpoint lacks {needed}")
     last = f"transformer.layers.{n_layer - 1}.attn."     # not layer 0, which mixes nothing if its own is the anchor
     lambdas = {s: state[f"{last}lambda_{s}1"] for s in COMPONENTS if f"{last}lambda_{s}1" in state}
     shape = next(iter(lambdas.values())).shape if lambdas else torch.Size()
@@ -858,7 +815,7 @@ def released_config(state, n_head, anchor_norm, **settings):
     head_dim = None if q_norm is None else q_norm.size(-1)
     n_head = n_head or (n_embd // head_dim if head_dim else shape[0] if shape.numel() > 1 else None)
     if n_head is None:
-        raise UserError("the keys do not tell the number of heads; pass n_head")
+        raise InputError("the keys do not tell the number of heads; pass n_head")
     mix = "".join(lambdas)
     anchor = "exogenous" if "anchor_proj.weight" in state else "internal" if mix else "none"
     fc1 = state.get(f"{last}dynamic_mixing.fc1.weight")
@@ -876,17 +833,17 @@ def released_anchor_norm(state, anchor, mix, asked):
     owned = "".join(s for s in mix if name.format(s) in state)
     told = anchor != "internal" or not set("qk") & set(mix) or set("vg") & set(owned)
     if told and asked not in (None, owned):
-        raise UserError(f"anchor_norm={asked!r}, but the keys say {owned!r}")
+        raise InputError(f"anchor_norm={asked!r}, but the keys say {owned!r}")
     if not told and asked is None:
-        say("from_released: the keys do not say whether the q and k anchors are normalised; "
-            f"taking anchor_norm={owned!r} (pass anchor_norm='' for a model trained without)")
+        print("from_released: the keys do not say whether the q and k anchors are normalised; "
+            f"taking anchor_norm={owned!r} (pass anchor_norm='' for a model trained without)", flush=True)
     if not told and not set(asked or "") <= set(owned):
-        raise UserError(f"anchor_norm={asked!r} must be '' or {owned!r}: no other norm has a gain in these keys")
+        raise InputError(f"anchor_norm={asked!r} must be '' or {owned!r}: no other norm has a gain in these keys")
     return owned if told or asked is None else asked
 
 
 def translate_released(theirs, ours, config):
-    """The state dict `ours` filled with the released tensors in float32. UserError for a key missing or left over."""
+    """The state dict `ours` filled with the released tensors in float32. InputError for a key missing or left over."""
     filled, left = {}, dict.fromkeys(theirs)
     for name, like in ours.items():
         key = name
@@ -895,12 +852,12 @@ def translate_released(theirs, ours, config):
         for pattern, replacement in RELEASED_NAMES:
             key = re.sub(pattern, replacement, key)
         if key not in theirs:
-            raise UserError(f"the checkpoint lacks {key}")
+            raise InputError(f"the checkpoint lacks {key}")
         left.pop(key, None)
         filled[name] = fit_released(key, theirs[key].float(), like, config)
     unknown = [key for key in left if not any(re.fullmatch(dead, key) for dead in DEAD_IN_RELEASED)]
     if unknown:
-        raise UserError(f"the checkpoint holds {len(unknown)} tensors this model has no place for: {unknown[0]} ...")
+        raise InputError(f"the checkpoint holds {len(unknown)} tensors this model has no place for: {unknown[0]} ...")
     return filled
 
 
@@ -914,7 +871,7 @@ def fit_released(key, tensor, like, config):
     if ".lambda_" in key and tensor.numel() == like.numel():
         tensor = tensor.reshape(like.shape)
     if tensor.shape != like.shape:
-        raise UserError(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+        raise InputError(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
     return tensor
 
 
@@ -930,9 +887,10 @@ def print_variants():
               f"{perplexity:11.2f}")
 
 
-def continue_text(model, prompt, max_new_tokens, num_samples=1, temperature=0.8, top_k=50, seed=1337):
-    """Continuations of a text as a list of texts that begin with it; an empty prompt starts a new document."""
-    tokenizer, device = get_tokenizer(model.config.tokenizer), model.head.weight.device
+def continue_text(model, tokenizer, prompt, max_new_tokens, num_samples=1, temperature=0.8, top_k=50, seed=1337):
+    """Continuations of a text as a list of texts that begin with it; an empty prompt starts a new document. The
+    tokenizer has encode(text) -> ids, decode(ids) -> text and eot, the id that ends a text."""
+    device = model.head.weight.device
     prompt = tokenizer.encode(prompt) or [tokenizer.eot]
     idx = torch.tensor([prompt] * num_samples, device=device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -963,11 +921,15 @@ def main():
             parser.error(message)
     if not args.ckpt:
         return print_variants()
-    model = load_checkpoint(args.ckpt, choose_device(args.device))
-    for text in continue_text(model, args.prompt, args.max_new_tokens, args.num_samples, args.temperature, args.top_k,
-                              args.seed):
-        say(f"{text}\n---")
+    from prepare_fineweb import command_line, get_tokenizer, say       # text needs a tokenizer; the model does not
+
+    def sample_checkpoint():
+        model = load_checkpoint(args.ckpt, choose_device(args.device))
+        for text in continue_text(model, get_tokenizer(model.config.tokenizer), args.prompt, args.max_new_tokens,
+                                  args.num_samples, args.temperature, args.top_k, args.seed):
+            say(f"{text}\n---")
+    command_line(sample_checkpoint, InputError, memory="lower --num_samples or --max_new_tokens")
 
 
 if __name__ == "__main__":
-    command_line(main, memory="lower --num_samples or --max_new_tokens")
+    main()

@@ -140,9 +140,9 @@ def json_lines(lines, path, kind, convert):
             raise UserError(f"{path}, line {number}: not {kind} ({type(error).__name__}: {error})") from None
 
 
-def command_line(main, memory="use a smaller batch"):
-    """Run a script's main() and exit with the code it returns. What a user did wrong is one line, not a traceback;
-    `memory` says what to do where it runs out."""
+def command_line(main, *errors, memory="use a smaller batch"):
+    """Run a script's main() and exit with the code it returns. What a user did wrong is one line, not a traceback:
+    UserError, OSError and the exceptions `errors`; `memory` says what to do where it runs out."""
     script = os.path.basename(sys.argv[0])
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))    # closed: None
     try:
@@ -151,7 +151,7 @@ def command_line(main, memory="use a smaller batch"):
     except BrokenPipeError:                                      # the reader of a pipe has left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + 13
-    except (UserError, OSError) as error:
+    except (UserError, OSError, *errors) as error:
         code = f"{script}: {error}"
     except (MemoryError, RuntimeError) as error:                 # torch's OutOfMemoryError is a RuntimeError
         if not re.search("MemoryError|(of|allocate) memory|new thread", f"{type(error).__name__} {error}"):

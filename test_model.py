@@ -44,8 +44,9 @@ import model as M
 import muon
 import prepare_fineweb as pf
 import train as T
-from model import VARIANTS, ExoFormer, KVCache, ModelConfig, generate, load_checkpoint, save_checkpoint, variant_config
+from model import VARIANTS, ExoFormer, InputError, KVCache, ModelConfig, generate, load_checkpoint, variant_config
 from prepare_fineweb import UserError
+from train import save_checkpoint
 
 HERE, CPU = pathlib.Path(__file__).parent, torch.device("cpu")
 TESTDATA = HERE / "paper" / "testdata"
@@ -375,7 +376,7 @@ def test_a_single_flag_fits_its_row_or_says_what_it_needs(variant):
             assert config[name] == value
             assert [other for other in config if config[other] != row[other] and other not in (name, *may_follow)] == []
         else:
-            with pytest.raises(UserError, match=f"{name}={value!r}.*(gate|anchor|mix)="):
+            with pytest.raises((InputError, UserError), match=f"{name}={value!r}.*(gate|anchor|mix)="):
                 variant_config(variant, **TINY, **{name: value})
 
 
@@ -402,7 +403,7 @@ def test_what_is_given_narrows_what_follows_from_it(given, follows):
     (dict(ffn_dim=7), "ffn_dim=7"), (dict(rope_theta=math.nan), "rope_theta=nan"),
     (dict(lambda_init=math.nan), "lambda_init=nan"), (dict(lambda_init=math.inf), "lambda_init=inf")])
 def test_illegal_configurations_name_field_and_value(changes, words):
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises((InputError, UserError), match=words) as error:
         ModelConfig(**{**TINY, **changes})
     assert "\n" not in str(error.value)
 
@@ -522,13 +523,13 @@ def test_released_code_gradients(name):
 
 def test_released_names_are_strict():
     _, state, _ = released("exo_dynamic_elementwise")
-    with pytest.raises(UserError, match="lacks transformer.layers.1.mlp.fc2.weight"):
+    with pytest.raises((InputError, UserError), match="lacks transformer.layers.1.mlp.fc2.weight"):
         ExoFormer.from_released({k: v for k, v in state.items() if k != "transformer.layers.1.mlp.fc2.weight"})
-    with pytest.raises(UserError, match="smear_gate"):
+    with pytest.raises((InputError, UserError), match="smear_gate"):
         ExoFormer.from_released({**state, "transformer.smear_gate.weight": torch.zeros(3)})
-    with pytest.raises(UserError, match="shape"):
+    with pytest.raises((InputError, UserError), match="shape"):
         ExoFormer.from_released({**state, "transformer.layers.1.attn.c_proj.weight": torch.zeros(32, 31)})
-    with pytest.raises(UserError, match="not a checkpoint of the released code"):
+    with pytest.raises((InputError, UserError), match="not a checkpoint of the released code"):
         ExoFormer.from_released({"weight": torch.zeros(3)})
 
 
@@ -547,7 +548,7 @@ def test_released_file_that_cannot_tell_says_so(capsys):
     assert plain.config.anchor_norm == "" and capsys.readouterr().out == ""
     idx = torch.tensor(golden["idx"])
     assert not torch.allclose(plain(idx)[..., :96], normed(idx)[..., :96], atol=1e-3)
-    with pytest.raises(UserError, match="anchor_norm='qk'.*'qkvg'"):
+    with pytest.raises((InputError, UserError), match="anchor_norm='qk'.*'qkvg'"):
         ExoFormer.from_released(released("exo_elementwise")[1], anchor_norm="qk")
 
 
@@ -860,7 +861,7 @@ def test_a_token_outside_vocabulary_or_tokenizer_names_its_shard(vocab_size, bad
     shutil.copytree(data, tmp_path / "data")
     pf.write_shard(tmp_path / "data" / "t_train_000000.bin", np.full(900, bad))
     split = T.Tokens(tmp_path / "data", "train", ModelConfig(**{**TINY, "vocab_size": vocab_size}, tokenizer="bytes"))
-    with pytest.raises(UserError, match=f"t_train_000000.bin: token id {bad} .* {limit}, .*verify --out="):
+    with pytest.raises((InputError, UserError), match=f"t_train_000000.bin: token id {bad} .* {limit}, .*verify --out="):
         split.window(0)
 
 
@@ -961,7 +962,7 @@ def test_same_seed_same_run_other_seed_another(data, tmp_path):
     (["--total_batch_size=64"], "--total_batch_size=64.*total_batch_size=128"),
     (["--optimizer=adamw"], "--optimizer=adamw.*optimizer=muon")])
 def test_resume_refuses_another_run(flags, words, whole, tmp_path):
-    with pytest.raises(UserError, match="^" + words):
+    with pytest.raises((InputError, UserError), match="^" + words):
         resume(copied(whole, tmp_path / "a"), *flags)
 
 
@@ -1032,7 +1033,7 @@ def harm(path, fault, witness):
 def test_damaged_checkpoints_are_refused_in_one_line(fault, tmp_path):
     path, witness = saved(tiny("exo"), tmp_path / "c.pt"), tmp_path / "witness"
     harm(path, fault, witness)
-    with pytest.raises(UserError, match=f"^{re.escape(str(path))}") as error:
+    with pytest.raises((InputError, UserError), match=f"^{re.escape(str(path))}") as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value) and not witness.exists()
 
@@ -1059,7 +1060,7 @@ def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, whole, tmp_path
 def test_resume_refuses_the_checkpoint_of_a_later_version(fault, words, whole, tmp_path):
     folder = copied(whole, tmp_path / "a")
     harm(folder / "ckpt_000012.pt", fault, None)
-    with pytest.raises(UserError, match=f"{words}.*update the code"):
+    with pytest.raises((InputError, UserError), match=f"{words}.*update the code"):
         resume(folder)
 
 
@@ -1067,7 +1068,7 @@ def test_resume_without_a_whole_checkpoint_says_so(whole, tmp_path):
     folder = copied(whole, tmp_path / "a")
     for path in folder.glob("ckpt_*.pt"):
         harm(path, "truncated", None)
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises((InputError, UserError), match="no whole checkpoint"):
         resume(folder)
 
 
@@ -1077,7 +1078,7 @@ def test_resume_without_a_whole_checkpoint_says_so(whole, tmp_path):
 def test_data_that_changed_since_are_refused(change, words, whole, data, tmp_path):
     """A shard is gone; a shard of equal length has other tokens."""
     change(shutil.copytree(data, tmp_path / "data"))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises((InputError, UserError), match=words):
         resume(copied(whole, tmp_path / "a"), f"--data={tmp_path / 'data'}")
 
 

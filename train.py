@@ -21,10 +21,14 @@ if __name__ == "__main__":                                  # one line for Ctrl-
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
+import sysconfig
 import time
 import typing
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,11 +38,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from model import (VARIANTS, Checked, ExoFormer, Linear, ModelConfig, check_compiler, check_format, choose_device,
-                   config_from, continue_text, count_parameters, flops_per_token, load_checkpoint, peak_flops,
-                   read_checkpoint, save_checkpoint, setting, variant_name, variant_settings)
+from model import (FORMAT, VARIANTS, Checked, ExoFormer, InputError, Linear, ModelConfig, check_format, choose_device,
+                   config_from, continue_text, count_parameters, flops_per_token, load_checkpoint, read_checkpoint,
+                   setting, variant_name, variant_settings)
 from muon import Muon, polar_express
-from prepare_fineweb import (Progress, UserError, clock, command_line, find_shards, fingerprint, get_tokenizer, locked,
+from prepare_fineweb import (Progress, UserError, atomic_write, clock, command_line, find_shards, fingerprint, get_tokenizer, locked,
                              read_meta, read_window, say, shard_tokens, write_default_shards)
 
 FINEWEB, DEFAULT_DATA = "data/fineweb_edu10B", "data/python_stdlib"
@@ -189,6 +193,18 @@ def resolve(settings):
         print0(f"SLOW: without bfloat16 instructions a CPU (this one: {cpu}) takes up to 250 times as long for a "
                "matrix product as in float32; --dtype=float32 --muon_dtype=float32 avoids it")
     return model_config, config
+
+
+def check_compiler(device):
+    """UserError where torch.compile would find no compiler: Triton builds a C extension, a CPU needs C++."""
+    names = [os.environ.get("CC", "gcc"), "clang"] if device == "cuda" else [os.environ.get("CXX", "g++"), "clang++"]
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    needs = {" or ".join(names): any(map(shutil.which, names))}
+    if device == "cuda":
+        needs |= {f"{header} (python3-dev)": os.path.exists(header), "triton": importlib.util.find_spec("triton")}
+    if missing := [name for name, there in needs.items() if not there]:
+        raise UserError(f"torch.compile needs {' and '.join(missing)}: install that, or run with --compile=false, "
+                        "slower and with more memory")
 
 
 def asked_for(variant, given):
@@ -365,6 +381,22 @@ def build_optimizers(model, config):
 
 
 # ----------------------------------------------------------------------------------------------------- 5 the run folder
+
+@functools.cache
+def git_revision():
+    """The commit of this code, or "unknown"."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values so that a crash leaves the old file or the whole new one."""
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, "git_revision": git_revision(), "torch_version": str(torch.__version__),
+                    **checkpoint}, file)
+
 
 class RunFolder:
     """log.jsonl and ckpt_{step:06d}.pt of one run, for the first process alone; a lock keeps a second run out."""
@@ -591,6 +623,18 @@ class Trainer:
 
 # ------------------------------------------------------------------------------------------------------------- 7 report
 
+PEAK_FLOPS = {  # dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; MFU is n/a for others
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device):
+    """Peak bfloat16 FLOP/s of this machine's device; infinite where it is not known, so that a share of it is 0."""
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.inf)
+
+
 def announce(trainer):
     """What is about to happen, before it does."""
     c, m = trainer.config, trainer.model_config
@@ -705,7 +749,7 @@ def continue_newest(paths, variant, given):
     for path in paths:
         try:
             checkpoint = read_checkpoint(path)
-        except UserError as error:
+        except InputError as error:
             print0(f"skipped: {error}")
             continue
         try:
@@ -714,7 +758,7 @@ def continue_newest(paths, variant, given):
             print0(f"continuing {path} after step {trainer.step}")
             return trainer, checkpoint["log_size"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, UserError) or "memory" in str(error):
+            if isinstance(error, (InputError, UserError)) or "memory" in str(error):
                 raise
             why = f"{type(error).__name__}: {' '.join(str(error).split())[-80:]}"
             print0(f"skipped: {path} is not the whole state of a run ({why})")
@@ -733,7 +777,7 @@ def conclude(trainer, stopped, problem):
         return
     if trainer.config.sample_tokens and RANK == 0:
         with torch.autocast(trainer.config.device, torch.bfloat16, enabled=trainer.config.dtype == "bfloat16"):
-            print0(f"sample:\n{continue_text(trainer.model, '', trainer.config.sample_tokens)[0]}\n")
+            print0(f"sample:\n{continue_text(trainer.model, trainer.tokenizer, '', trainer.config.sample_tokens)[0]}\n")
     checkpoint = f"--ckpt={out_dir}/ckpt_{trainer.step:06d}.pt"
     print0(f"done: {trainer.step} steps, best validation loss of all evaluations {trainer.best_val:.4f}. Next:\n"
            f"  python model.py {checkpoint} --prompt=\"{'Once upon a time' if gpt2 else 'def '}\"\n"
@@ -758,4 +802,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main, memory="lower --batch_size (the step stays the same, in more passes), --block_size or --n_embd")
+    command_line(main, InputError, memory="lower --batch_size (the step stays the same, in more passes), --block_size or --n_embd")

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from compare import circumstances
-from model import VARIANTS, ExoFormer, choose_device, flops_per_token, generate, variant_config
+from model import VARIANTS, choose_device, ExoFormer, flops_per_token, generate, InputError, variant_config
 from prepare_fineweb import Progress, command_line, say, write_meta, write_shard
 from train import Trainer, fresh_settings, resolve, to_batch
 
@@ -167,4 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

@@ -30,8 +30,8 @@ sys.path.insert(0, os.path.join(HERE, ".."))
 
 import eval_hellaswag
 import train as T
-from model import (VARIANTS, ExoFormer, KVCache, Positions, choose_device, flops_per_token, git_revision, peak_flops,
-                   read_checkpoint, save_checkpoint, variant_config)
+from model import (VARIANTS, choose_device, ExoFormer, flops_per_token, InputError, KVCache, Positions,
+                   read_checkpoint, variant_config)
 from muon import Muon, polar_express
 from prepare_fineweb import clock, command_line, say, write_default_shards
 
@@ -193,7 +193,7 @@ def check_resume(device, data):
         make = functools.partial(make_trainer, device, data, n_layer=2, deterministic=deterministic)
         whole, first = make(), make()
         take_steps(whole, 4), take_steps(first, 2)
-        save_checkpoint(path, first.state())
+        T.save_checkpoint(path, first.state())
         second = make()
         second.load_state(read_checkpoint(path))
         take_steps(second, 2)
@@ -229,7 +229,7 @@ def check_speed(device, data):
     rate = 8 * batch[0].numel() / (7 * one + update)                               # as the recipe: 8 passes to a step
     flops = rate * flops_per_token(trainer.model, batch[0].size(1))
     yield f"tokens/s: {name}", rate, None
-    yield f"MFU in %: {name}", 100 * flops / peak_flops(device), None
+    yield f"MFU in %: {name}", 100 * flops / T.peak_flops(device), None
     yield f"ms of forward and backward: {name}", 1000 * one, None
     yield f"ms of the rest of a step, clipping and optimizers: {name}", 1000 * (update - one), None
 
@@ -318,7 +318,7 @@ def main():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # read once, before the first product on a GPU
     device = choose_device(args.device, among=("cuda", "cpu"))
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    lines = [f"check_gpu.py: {where}, torch {torch.__version__}, commit {git_revision()[:10]}"]
+    lines = [f"check_gpu.py: {where}, torch {torch.__version__}, commit {T.git_revision()[:10]}"]
     failed, began = 0, time.time()
     with tempfile.TemporaryDirectory() as data:
         write_default_shards(data)
@@ -334,4 +334,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

@@ -33,7 +33,8 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
 
 from figures import draw_curves, pyplot
-from model import TABLE_3, VARIANTS, ExoFormer, ModelConfig, count_parameters, read_checkpoint, variant_name
+from model import (TABLE_3, VARIANTS, count_parameters, ExoFormer, InputError, ModelConfig, read_checkpoint,
+                   variant_name)
 from prepare_fineweb import UserError, atomic_write, command_line, json_lines
 from train import TrainConfig
 
@@ -433,4 +434,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

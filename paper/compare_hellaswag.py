@@ -15,6 +15,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from eval_hellaswag import METRICS, read_bytes
+from model import InputError
 from prepare_fineweb import UserError, command_line, json_lines
 
 
@@ -63,4 +64,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

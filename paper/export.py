@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from model import ExoFormer, ModelConfig, count_parameters, load_checkpoint, variant_name
+from model import count_parameters, ExoFormer, InputError, load_checkpoint, ModelConfig, variant_name
 from prepare_fineweb import UserError, atomic_write, command_line
 
 
@@ -63,4 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import anchor_share, ratio
-from model import TABLE_3
+from model import TABLE_3, InputError
 from prepare_fineweb import UserError, atomic_write, command_line
 
 BY_LAYER = {  # what is in by_layer.png: the axis of each panel
@@ -336,4 +336,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

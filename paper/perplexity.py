@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import cross_entropy, validation_windows
-from model import TABLE_3, choose_device, load_checkpoint, variant_name
+from model import TABLE_3, choose_device, InputError, load_checkpoint, variant_name
 from prepare_fineweb import Progress, command_line, get_tokenizer
 
 
@@ -59,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

@@ -22,8 +22,9 @@ from urllib.parse import unquote, urlsplit
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from model import TABLE_3, ExoFormer, count_parameters, read_checkpoint, save_checkpoint, variant_name
+from model import TABLE_3, count_parameters, ExoFormer, InputError, read_checkpoint, variant_name
 from prepare_fineweb import HUB, UserError, command_line, download, locked
+from train import save_checkpoint
 
 
 def fetch(source, name, folder):
@@ -90,4 +91,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from eval_hellaswag import read_bytes, score_rows
-from model import TABLE_3, choose_device, count_parameters, load_checkpoint, variant_name
+from model import TABLE_3, choose_device, count_parameters, InputError, load_checkpoint, variant_name
 from prepare_fineweb import Progress, UserError, atomic_write, check_writable, command_line, get_tokenizer, json_lines
 
 FEWSHOT_SEED = 1234                                 # lm_eval's default; the examples in front of an item follow from it
@@ -305,4 +305,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main, memory="halve --batch_size")
+    command_line(main, InputError, memory="halve --batch_size")

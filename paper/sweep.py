@@ -35,7 +35,7 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 
 import compare
 from figures import draw_curves
-from model import VARIANTS, ExoFormer, flops_per_token
+from model import VARIANTS, ExoFormer, flops_per_token, InputError
 from prepare_fineweb import UserError, atomic_write, clock, command_line, find_shards, locked, say, shard_tokens
 from train import fresh_settings, parse_flags
 
@@ -311,4 +311,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

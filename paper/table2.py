@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from analysis import (analyse, anchor_share, band_correlation, between_heads, near_zero, ratio, stage_3,
                       validation_windows)
-from model import choose_device, load_checkpoint
+from model import choose_device, InputError, load_checkpoint
 from prepare_fineweb import UserError, atomic_write, command_line
 
 ABLATED = "anchor removed"
@@ -197,4 +197,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)

@@ -20,8 +20,9 @@ import figures
 import perplexity
 import table2
 import usage
-from model import ExoFormer, Positions, load_checkpoint, save_checkpoint, variant_config
+from model import ExoFormer, Positions, load_checkpoint, variant_config
 from prepare_fineweb import UserError
+from train import save_checkpoint
 
 VARIANTS = ["base", "resformer", "gated", "nuresformer", "exo_scalar", "exo_headwise", "exo_dynamic"]
 every_variant = pytest.mark.parametrize("variant", VARIANTS)

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 import check_gpu
-from model import KVCache, git_revision
+from model import InputError, KVCache
 from prepare_fineweb import command_line
+from train import git_revision
 
 
 @pytest.fixture
@@ -63,5 +64,5 @@ def test_what_needs_two_gpus_says_so_and_is_no_failure(monkeypatch):
 def test_no_gpu_is_one_line(call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        command_line(lambda: call(check_gpu.main, "--device=cuda"))
+        command_line(lambda: call(check_gpu.main, "--device=cuda"), InputError)
     assert "--device=cuda is not there: torch can use cpu" in stopped.value.code and "\n" not in stopped.value.code

@@ -447,7 +447,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
 
 LIMITED = ("import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import prepare_fineweb as pf\n"
            "most = 4096 * int(open('/proc/self/statm').read().split()[0]) + int(sys.argv.pop(1))\n"
-           "resource.setrlimit(resource.RLIMIT_AS, (most, most)); pf.command_line(pf.main, 'REMEDY')")
+           "resource.setrlimit(resource.RLIMIT_AS, (most, most)); pf.command_line(pf.main, memory='REMEDY')")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")

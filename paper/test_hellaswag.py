@@ -23,8 +23,9 @@ import torch
 
 import compare_hellaswag
 import eval_hellaswag as H
-from model import ExoFormer, save_checkpoint, variant_config
+from model import ExoFormer, InputError, variant_config
 from prepare_fineweb import UserError, command_line
+from train import save_checkpoint
 
 HERE = pathlib.Path(__file__).resolve().parent
 SAMPLE = str(HERE / "testdata" / "hellaswag_sample.jsonl")               # 40 items, (c) 2019 Rowan Zellers, MIT licence
@@ -87,7 +88,7 @@ def run(monkeypatch, module, *argv):
     """A script's main() with a command line, under the wrapper that every script has. Returns the exit code."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
     with pytest.raises(SystemExit) as exit:
-        command_line(module.main)
+        command_line(module.main, InputError)
     return exit.value.code
 
 
@@ -175,7 +176,7 @@ def test_models_that_cannot_be_scored_are_refused():
     broken = tiny()
     torch.nn.init.constant_(broken.final_norm.weight, torch.nan)
     for model, message in ((tiny(block_size=4), "does not fit into block_size=4"), (broken, "not finite")):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises((InputError, UserError), match=message):
             H.score(model, items)
 
 
@@ -221,7 +222,7 @@ def test_paired_difference_equals_numpy():
 def test_a_malformed_item_is_named_by_file_and_line(tmp_path, bad, problem):
     path = tmp_path / "items.jsonl"
     path.write_text(f"{json.dumps(GOOD_ROW)}\n\n{json.dumps({**GOOD_ROW, **bad})}\n")
-    with pytest.raises(UserError, match=f"items.jsonl, line 3: not a HellaSwag item .*{problem}"):
+    with pytest.raises((InputError, UserError), match=f"items.jsonl, line 3: not a HellaSwag item .*{problem}"):
         H.load_items(str(path))
 
 
@@ -233,7 +234,7 @@ def test_a_damaged_file_is_refused(tmp_path):
             ("latin.jsonl", b'{"ctx": "\xe9"}', "line 1: "), ("list.jsonl", b'["a"]', "line 1: "),
             ("text.jsonl", b'"a"', "line 1: "), ("short.jsonl", b'{"ctx": ""}', "line 1: .*ctx_a")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}.*{message}"):
+        with pytest.raises((InputError, UserError), match=f"{name}.*{message}"):
             H.load_items(str(tmp_path / name))
 
 
@@ -257,7 +258,7 @@ def test_the_official_file_is_downloaded_once_and_scored_only_whole(golden, tmp_
     assert calls == [("https://raw.githubusercontent.com/rowanz/hellaswag/a29ff8e9a04bba4bd6588223785ce105328adc57/"
                       "data/hellaswag_val.jsonl", "data/hellaswag/hellaswag_val.jsonl")]
     pathlib.Path(calls[0][1]).write_bytes(data.replace(b'"label": 3', b'"label": 2', 1))
-    with pytest.raises(UserError, match="hellaswag_val.jsonl is not the official file; remove it"):
+    with pytest.raises((InputError, UserError), match="hellaswag_val.jsonl is not the official file; remove it"):
         H.load_items()
 
 
@@ -266,7 +267,7 @@ def test_without_a_network_the_error_says_what_to_save_where(tmp_path, monkeypat
         raise UserError("no answer")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(H, "download", offline)
-    with pytest.raises(UserError, match="no answer.*save https://.*_val.jsonl as data/hellaswag/.*_val.jsonl") as error:
+    with pytest.raises((InputError, UserError), match="no answer.*save https://.*_val.jsonl as data/hellaswag/.*_val.jsonl") as error:
         H.load_items()
     assert "--" not in str(error.value)                                  # train.py has other flags than this script
 

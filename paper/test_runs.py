@@ -21,7 +21,7 @@ import torch._dynamo.testing
 
 import prepare_fineweb as pf
 import train as T
-from model import read_checkpoint
+from model import InputError, read_checkpoint
 from prepare_fineweb import UserError, command_line
 from test_model import (HERE, SMALL, Quiet, close, copied, data, launch_ranks, log_of, newest_of, released, resume,
                         same_state, saved, start, tiny, tokens, train_fully, weights, whole)
@@ -55,7 +55,7 @@ def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises((InputError, UserError), match=words) as error:
         start(tmp_path / "a", data, *flags)
     assert "\n" not in str(error.value)
 
@@ -65,7 +65,7 @@ def run_main(*flags, stop=Quiet):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as error:
         patch.setattr(sys, "argv", ["train.py", *flags])
         patch.setattr(T, "Stop", stop)                                      # a quiet one: pytest keeps its Ctrl-C
-        command_line(T.main, memory="lower --batch_size")
+        command_line(T.main, T.InputError, memory="lower --batch_size")
     return error.value.code
 
 
@@ -124,7 +124,7 @@ def test_init_from_takes_weights_and_sizes_of_a_checkpoint(source, tmp_path, mon
     torch.save(dict(model=state), path) if source == "released" else saved(model, path)
     flags = [out, f"--init_from={path}", f"--data={tmp_path / 'data'}", "--device=cpu", "--block_size=32",
              "--batch_size=2", "--total_batch_size=64", "--max_steps=2"]
-    with pytest.raises(UserError, match="--n_embd=64 does not fit .*source.pt, which has n_embd=32"):
+    with pytest.raises((InputError, UserError), match="--n_embd=64 does not fit .*source.pt, which has n_embd=32"):
         T.prepare([*flags, "--n_embd=64"])
     trainer, run_folder = T.prepare(flags)
     assert trainer.model.config == replace(model.config, block_size=32)
@@ -148,12 +148,12 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(flags, data, tmp_p
 
 def test_a_folder_is_for_one_run_at_a_time(whole, data, tmp_path):
     _, run_folder = start(tmp_path / "a", data)
-    with pytest.raises(UserError, match="another run is writing there"):
+    with pytest.raises((InputError, UserError), match="another run is writing there"):
         T.RunFolder(tmp_path / "a", resume=True)
     close(run_folder)
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises((InputError, UserError), match="no folder"):
         T.prepare([f"--out_dir={tmp_path / 'nowhere'}", "--resume"])
-    with pytest.raises(UserError, match="holds a run already.*--resume"):
+    with pytest.raises((InputError, UserError), match="holds a run already.*--resume"):
         start(copied(whole, tmp_path / "b"), data)
 
 
@@ -191,7 +191,7 @@ def test_data_that_go_bad_in_mid_run_cost_no_step(content, split, steps, whole, 
             path.write_bytes(content) if content is not None else pf.write_shard(path, np.full(900, 300))
     spoilt = train_fully(tmp_path / "a", tmp_path / "data", "--save_every=0", before_step=spoil)
     assert newest_of(tmp_path / "a") == f"ckpt_{steps:06d}.pt" and f"t_{split}_00000" in spoilt.stopped
-    with pytest.raises(UserError, match=f"saved after step {steps}: .*train.py --resume --out_dir="):
+    with pytest.raises((InputError, UserError), match=f"saved after step {steps}: .*train.py --resume --out_dir="):
         T.conclude(spoilt, spoilt.stopped, spoilt.stop.problem)
     shutil.rmtree(tmp_path / "data"), shutil.copytree(data, tmp_path / "data")
     assert same_state(whole, resume(tmp_path / "a")) == []

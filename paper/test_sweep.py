@@ -13,7 +13,7 @@ import torch
 
 import sweep
 import train
-from model import VARIANTS
+from model import VARIANTS, InputError
 from prepare_fineweb import UserError
 from test_compare import write_run
 from train import fresh_settings, parse_flags
@@ -126,7 +126,7 @@ def test_a_diverged_run_is_named_not_tried_again_and_the_others_go_on(tmp_path, 
 def test_a_folder_with_a_run_of_other_settings_is_refused(run_sweep):
     """Else a finished run would be taken for one of the new sweep."""
     run_sweep(FakeTrain({}))
-    with pytest.raises(UserError, match="base-seed1 holds a run with muon_lr=0.01, but now muon_lr=0.5"):
+    with pytest.raises((InputError, UserError), match="base-seed1 holds a run with muon_lr=0.01, but now muon_lr=0.5"):
         run_sweep(no_run, "--muon_lr=0.5")
     assert run_sweep(no_run, "--log_every=7") == 0                                # changes nothing that is measured
 
@@ -135,12 +135,12 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(run_sweep):
     ("--seed=3", "--seed: the sweep sets it itself"), ("--preset=paper", "--preset: the sweep sets it"),
     ("--n_embd=7", "n_embd=7")])
 def test_what_train_would_refuse_is_refused_before_the_first_run(run_sweep, flags, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises((InputError, UserError), match=message):
         run_sweep(no_run, flags)
 
 
 def test_a_sweep_keeps_a_second_one_out_of_its_folder(tmp_path, run_sweep):
-    with sweep.locked(str(tmp_path / "s")), pytest.raises(UserError, match="another run is writing there"):
+    with sweep.locked(str(tmp_path / "s")), pytest.raises((InputError, UserError), match="another run is writing there"):
         run_sweep(no_run)
 
 

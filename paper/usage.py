@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from analysis import analyse, anchor_share, validation_windows
 from compare import circumstances, write_lines
 from figures import Page, heat_map, inner_limits, pyplot
-from model import choose_device, load_checkpoint, read_checkpoint
+from model import choose_device, InputError, load_checkpoint, read_checkpoint
 from prepare_fineweb import UserError, check_writable, command_line, json_lines
 from table2 import number, print_table
 
@@ -143,4 +143,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, InputError)
