@@ -265,14 +265,15 @@ HERE = pathlib.Path(__file__).parent
 
 
 def committed(*kinds):
-    """Groups of the runs in files of results/, the lines of paper/README.md and those of README.md."""
+    """Groups of the runs in files of results/, the lines of RESULTS.md and those of README.md."""
     runs = [run for kind in kinds for run in compare.read_runs(str(HERE / "results" / f"{kind}.jsonl"))]
-    readmes = ((folder / "README.md").read_text().splitlines() for folder in (HERE, HERE.parent))
-    return compare.group_runs(runs), *readmes
+    results = (HERE / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    readme = (HERE.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    return compare.group_runs(runs), results, readme
 
 
-def test_the_readmes_hold_the_numbers_of_the_committed_sweep():
-    """Each row's loss, perplexity and differences stand in one line of the table of paper/README.md; README.md has the
+def test_results_and_readme_hold_the_numbers_of_the_committed_sweep():
+    """Each row's loss, perplexity and differences stand in one line of a table of RESULTS.md; README.md has the
     effect of each idea, and in their lines the six variants' losses."""
     groups, lines, top = committed("six", "rest", "control")
     for group in groups:
@@ -286,7 +287,7 @@ def test_the_readmes_hold_the_numbers_of_the_committed_sweep():
     assert effects and [line for line in effects if line not in top] == []
 
 
-def test_the_readme_holds_the_numbers_of_the_committed_ablations():
+def test_results_hold_the_numbers_of_the_committed_ablations():
     groups, lines, _ = committed("ablations", "rates")
     for group in groups:
         cells = compare.cells_of(group, groups)
@@ -298,7 +299,7 @@ def test_the_readme_holds_the_numbers_of_the_committed_ablations():
     assert f"the last column is {math.sqrt(statistics.fmean(e * e for e in errors)):.3f}." in " ".join(lines)
 
 
-def test_the_readme_holds_the_numbers_of_the_longer_run():
+def test_results_hold_the_numbers_of_the_longer_run():
     """Losses, and Table 2's quantities over training: averages over the layers of four models, in one cell each."""
     groups, lines, _ = committed("long")
     for group in groups:
