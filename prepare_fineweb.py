@@ -125,9 +125,20 @@ def locked(folder, wait=False, beside=False):
     path = f"{os.path.realpath(folder)}.lock" if beside else os.path.join(folder, "lock")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
-        return FileLock(path).acquire(timeout=-1 if wait else 0)
+        held = FileLock(path).acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise UserError(f"{folder}: another run is writing there; wait for it, or choose another folder") from None
+    held.file = os.stat(path)                                    # for still_locked
+    return held
+
+
+def still_locked(held):
+    """Whether the lock file that `held`, of `locked`, stands for is still the one at its path. It is not when the
+    folder was renamed or removed, or another has taken its name: what is written there then belongs to another run."""
+    try:
+        return os.path.samestat(held.file, os.stat(held.lock.lock_file))
+    except OSError:
+        return False
 
 
 def json_lines(lines, path, kind, convert):

@@ -370,6 +370,26 @@ def test_two_runs_on_one_folder_refuse_each_other_and_a_dead_one_does_not_count(
         make_shards(out, [path], val_fraction=0)
 
 
+@pytest.mark.parametrize("loss", ["none", "folder renamed", "renamed and replaced", "removed", "lock replaced"])
+def test_lock_knows_whether_its_file_is_still_the_one_at_the_path(tmp_path, loss):
+    out = tmp_path / "out"
+    held = pf.locked(str(out))
+    with held:
+        assert pf.still_locked(held)
+        if loss.startswith("folder") or loss.startswith("renamed"):
+            out.rename(tmp_path / "elsewhere")
+        if loss == "renamed and replaced":
+            second = pf.locked(str(out))
+            with second:
+                assert pf.still_locked(second) and not pf.still_locked(held)
+        if loss == "removed":
+            shutil.rmtree(out)
+        if loss == "lock replaced":
+            (out / "new").touch()
+            (out / "new").replace(out / "lock")
+        assert pf.still_locked(held) == (loss == "none")
+
+
 def test_run_killed_before_any_rename_leaves_no_folder_and_the_next_run_completes_it(tmp_path, monkeypatch):
     path, out, settings = write_jsonl(tmp_path / "a.jsonl", word_texts(20, 20)), tmp_path / "out", {"shard_tokens": 500}
     replace, rmtree, settings["val_fraction"] = os.replace, shutil.rmtree, 0.2
