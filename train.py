@@ -38,8 +38,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from model import (FORMAT, VARIANTS, Checked, ExoFormer, InputError, Linear, ModelConfig, check_format, choose_device,
-                   config_from, continue_text, count_parameters, flops_per_token, load_checkpoint, read_checkpoint,
+from model import (FORMAT, VARIANTS, ExoFormer, InputError, Linear, ModelConfig, check_format, check_ranges,
+                   choose_device, config_from, continue_text, count_parameters, flops_per_token, load_checkpoint, read_checkpoint,
                    setting, variant_name, variant_settings)
 from muon import Muon, polar_express
 from prepare_fineweb import (Progress, UserError, atomic_write, clock, command_line, find_shards, fingerprint, get_tokenizer, locked,
@@ -58,7 +58,7 @@ def print0(line):
 # ----------------------------------------------------------------------------------------------------------- 1 settings
 
 @dataclass(frozen=True)
-class TrainConfig(Checked):
+class TrainConfig:
     """The recipe. The defaults are the paper's (Table 4), except where the README says otherwise."""
     # where
     data: str = setting("", "folder of token shards; empty: FineWeb-Edu if it is there and the preset is not smoke, "
@@ -103,6 +103,9 @@ class TrainConfig(Checked):
     keep: int = setting(2, "newest checkpoints to keep; 0: all", low=0)
     log_every: int = setting(10, "steps between printed lines (log.jsonl has every step)", low=1)
     sample_tokens: int = setting(200, "length of the sample at the end; 0: none", low=0)
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 PRESETS = {  # fields of ModelConfig and TrainConfig that differ from the paper's
@@ -372,7 +375,7 @@ def build_optimizers(model, config):
         return [torch.optim.AdamW([decayed, dict(params=others, weight_decay=0.0)], **adamw)]
     by_parts = {}
     for m in matrices:
-        by_parts.setdefault(1 if config.muon_fused else m.parts, []).append(m.weight)
+        by_parts.setdefault(1 if config.muon_fused else len(m.heights), []).append(m.weight)
     groups = [dict(params=params, parts=parts) for parts, params in by_parts.items()]
     dtype = torch.float32 if config.muon_dtype == "float32" else torch.bfloat16
     muon = Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay, beta2=config.muon_beta2 or None,
