@@ -221,7 +221,9 @@ class StaticMixing(nn.Module):
         self.letters = letters
 
     def forward(self, h):
-        ones = torch.ones(2, device=h.device).unbind()      # two: no tensor may be passed twice
+        # two tensors: compiled code takes no tensor twice; (1,) each: 0-dimensional ones would not
+        # promote bfloat16, and the lambdas' gradients would be rounded
+        ones = torch.ones(2, 1, device=h.device).unbind()
         return dict.fromkeys(self.letters, ones)
 
 
@@ -533,7 +535,6 @@ class Positions:
     rule   who sees whom: a function of (config, query, key) -> bool
     bias   what is added to the scores: a function of (config, head, query, key) -> float, or None
     """
-    bias = None
 
     def __init__(self, config, length, device, docs=None, cache=None):
         if length > config.block_size:
@@ -544,6 +545,7 @@ class Positions:
         self.docs = docs
         self.cache = cache
         self.rule = sliding_window if config.window else causal
+        self.bias = None
         self.key = torch.arange(length if cache is None else cache.length, device=device)     # (L,)
         self.query = self.key[-length:]                                                       # (T,)
         self.cos, self.sin = self.rope_tables()

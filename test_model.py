@@ -125,6 +125,25 @@ def test_the_derivative_of_eq_12_is_that_of_its_formula(granularity):
         assert torch.autograd.gradcheck(M.WeightedSum.apply, (anchor, current, draw(shape), draw(shape), *gammas))
 
 
+@pytest.mark.parametrize("granularity", M.GRANULARITY)
+def test_gradients_of_static_lambdas_are_not_rounded_to_bfloat16(granularity):
+    """q, k, v, g are bfloat16 under autocast; the sums over them are taken in float32."""
+    config = ModelConfig(**TINY, granularity=granularity)
+    mix = M.Mix(config)
+    anchor = torch.randn(2, 30, 4, 8).bfloat16()
+    current = torch.randn(2, 30, 4, 8).bfloat16()
+    gamma = M.StaticMixing(config, "v")(current)["v"]
+    with torch.no_grad():
+        mix.lambda_anchor.fill_(0.5)
+        mix.lambda_current.fill_(0.5)
+    mixed = mix(anchor, current, gamma)
+    upstream = torch.randn(2, 30, 4, 8).bfloat16()
+    mixed.backward(upstream)
+    for source, p in ((anchor, mix.lambda_anchor), (current, mix.lambda_current)):
+        exact = (upstream.double() * source.double()).sum_to_size(p.shape)
+        torch.testing.assert_close(p.grad.double(), exact, atol=1e-4, rtol=1e-5)
+
+
 def test_eq_11_gamma_matches_loops():
     dynamic, h = M.DynamicMixing(ModelConfig(**TINY, dynamic=True), "qkvg").double(), torch.randn(2, 3, 32).double()
     with torch.no_grad():
@@ -255,6 +274,41 @@ def test_a_token_reaches_as_far_as_the_rule_lets_it(way, rule):
         moved = logits(idx.where(torch.arange(24) != p, (idx + 1) % 96)) != before
         assert torch.equal(moved[0].any(-1), torch.linalg.matrix_power(sees, 3)[:, p] > 0)
     torch.testing.assert_close(before, model(idx, docs), atol=2e-4, rtol=1e-4)
+
+
+def alibi(config, head, query, key):
+    """A bias that falls with the distance, for each head at another rate."""
+    return (key - query) * 2.0 ** -(head + 1)
+
+
+@pytest.mark.parametrize("way", ["plain", "documents", "cached"])
+@torch.no_grad()
+def test_a_bias_reaches_every_way_to_attend(way, monkeypatch):
+    choose_kernel = M.Positions.choose_kernel
+
+    def with_bias(positions, *args):
+        positions.bias = alibi
+        return choose_kernel(positions, *args)
+
+    monkeypatch.setattr(M.Positions, "choose_kernel", with_bias)
+    config = ModelConfig(**TINY)
+    docs = DOCS if way == "documents" else None
+    q, k, v = torch.randn(3, 2, 24, 4, 8)
+    if way == "cached":
+        cache = KVCache(config, 2, 24)
+        parts = []
+        for a, b in ((0, 10), (10, 24)):
+            cache.grow(b - a)
+            positions = M.Positions(config, b - a, CPU, cache=cache)
+            parts.append(positions.attend(0, q[:, a:b], k[:, a:b], v[:, a:b]))
+        attended = torch.cat(parts, 1)
+    else:
+        attended = M.Positions(config, 24, CPU, docs).attend(0, q, k, v)
+    for b, t, h in np.ndindex(2, 24, 4):
+        seen = [j for j in range(t + 1) if docs is None or docs[b, j] == docs[b, t]]
+        scores = torch.stack([q[b, t, h] @ k[b, j, h] / math.sqrt(8) + (j - t) * 2.0 ** -(h + 1) for j in seen])
+        expected = F.softmax(scores, 0) @ v[b, seen, h]
+        torch.testing.assert_close(attended[b, t, h], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -429,6 +483,18 @@ def test_every_parameter_gets_gradient(variant):
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
+def test_a_parameter_without_a_rule_in_init_weights_is_an_error_that_names_it():
+    class TwoAnchors(M.ExogenousAnchor):
+        def __init__(self, config):
+            super().__init__(config)
+            self.shares = torch.nn.Parameter(torch.tensor([2.0, 0.0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(M.ANCHORS, "exogenous", TwoAnchors)
+        with pytest.raises(ValueError, match="no rule for parameter anchor.shares"):
+            ExoFormer(ModelConfig(**TINY))
+
+
 @every_variant
 def test_init_is_total(variant):
     model = ExoFormer(variant_config(variant, **TINY))
@@ -550,6 +616,71 @@ def test_released_file_that_cannot_tell_says_so(capsys):
     assert not torch.allclose(plain(idx)[..., :96], normed(idx)[..., :96], atol=1e-3)
     with pytest.raises((InputError, UserError), match="anchor_norm='qk'.*'qkvg'"):
         ExoFormer.from_released(released("exo_elementwise")[1], anchor_norm="qk")
+
+
+@pytest.mark.parametrize("theirs, ours", [("before", "pre"), ("after", "after"), ("both", "both")])
+def test_norm_pos_of_a_released_checkpoint_is_followed(theirs, ours):
+    """Their "both" uses one norm twice, so both of ours get its gain."""
+    _, state, _ = released("exo_elementwise")
+    checkpoint = dict(model=state, model_args=dict(norm_pos=theirs))
+    model = ExoFormer.from_released(checkpoint)
+    assert model.config.norm_position == ours
+    gain = state["transformer.layers.1.mlp_norm.weight"]
+    block = model.layers[1]
+    gains = [norm.weight for norm in (block.mlp_norm, block.mlp_post_norm) if isinstance(norm, M.RMSNorm)]
+    assert len(gains) == (2 if theirs == "both" else 1)
+    assert all(torch.equal(own, gain) for own in gains)
+    assert isinstance(block.mlp_norm, M.RMSNorm) == (theirs != "after")
+
+
+def test_an_unknown_norm_pos_is_refused():
+    _, state, _ = released("exo_elementwise")
+    with pytest.raises(InputError, match="norm_pos='sandwich'"):
+        ExoFormer.from_released(dict(model=state, model_args=dict(norm_pos="sandwich")))
+
+
+ALONE = """
+import json, sys
+import torch
+import model as M
+
+tiny = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=64, block_size=16)
+idx = torch.randint(64, (4, 16))
+for variant in M.VARIANTS:
+    model = M.ExoFormer(M.variant_config(variant, **tiny))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for step in range(20):
+        loss, z = model.loss(idx[:, :-1], idx[:, 1:])
+        (loss + 1e-5 * z).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1, (variant, losses)
+assert M.generate(model.eval(), idx[:1, :3], 20).shape == (1, 23)
+for name in ("ours.pt", "released.pt"):
+    print(name, M.load_checkpoint(name)(torch.arange(8)[None]).double().sum().item())
+print("of this project:", sorted(set(sys.modules) & {"prepare_fineweb", "train", "muon"}))
+"""
+
+
+def test_model_py_alone_builds_trains_generates_and_reads_checkpoints(tmp_path):
+    """In a process of its own, in a folder with nothing else of the project."""
+    shutil.copy(HERE / "model.py", tmp_path)
+    ours = tiny("exo_dynamic", vocab_size=64)
+    saved(ours, tmp_path / "ours.pt")
+    _, state, theirs = released("exo_elementwise")
+    torch.save(dict(model=state, model_args=dict(block_size=64)), tmp_path / "released.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    idx = torch.arange(8)[None]
+    for line, model in zip(lines, (ours, theirs)):
+        printed = float(line.split()[1])
+        assert printed == model(idx).double().sum().item()
+    assert lines[2] == "of this project: []"
 
 
 # --------------------------------------------------------------------------------------------------------------- Muon
@@ -1036,6 +1167,46 @@ def test_damaged_checkpoints_are_refused_in_one_line(fault, tmp_path):
     with pytest.raises((InputError, UserError), match=f"^{re.escape(str(path))}") as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value) and not witness.exists()
+
+
+def test_a_record_marked_as_a_folder_is_damage(tmp_path):
+    """The bit is in the directory of the zip archive, outside of every checksum; torch reads other values."""
+    path = saved(tiny("exo"), tmp_path / "c.pt")
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")                  # the last entry of the directory
+    content[entry + 38] |= 0x10                             # its external attributes
+    path.write_bytes(content)
+    with pytest.raises(M.DamagedCheckpoint, match="is damaged: its record"):
+        load_checkpoint(path)
+
+
+def test_a_file_that_holds_something_else_is_not_called_damaged(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(dict(model=Attack(tmp_path / "witness")), tmp_path / "code.pt")
+    for name in ("list.pt", "code.pt"):
+        with pytest.raises(InputError, match=name) as error:
+            load_checkpoint(tmp_path / name)
+        assert not isinstance(error.value, M.DamagedCheckpoint)
+
+
+def test_a_folder_stands_for_its_newest_checkpoint_which_loads_in_eval_mode(tmp_path):
+    for step, variant in ((9, "base"), (10, "gated"), (100, "exo")):
+        saved(tiny(variant), tmp_path / f"ckpt_{step:06d}.pt")
+    (tmp_path / "ckpt_000200.pt.part").write_bytes(b"half")
+    model = load_checkpoint(tmp_path)
+    assert M.variant_name(model.config) == "exo" and not model.training
+    assert not ExoFormer.from_released(released("exo_elementwise")[1]).training
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no checkpoint in this folder"):
+        load_checkpoint(tmp_path / "empty")
+
+
+def test_weights_that_are_not_finite_are_refused_in_one_line_when_sampling():
+    model = tiny("exo")
+    with torch.no_grad():
+        model.head.weight[3, 5] = math.nan
+    with pytest.raises(InputError, match="logits are not finite"):
+        generate(model, tokens(1, 4), 3)
 
 
 def newest_of(folder):
