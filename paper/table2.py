@@ -1,13 +1,14 @@
 """
-Table 2 and the numbers of Section 4.4 and the appendix, for checkpoints of your own or the released ones.
+Table 2, the numbers of Section 4.4 and of the appendix, for checkpoints of ours or released ones.
 
-    python paper/table2.py --ckpt=out/paper-base/ckpt_038147.pt --ckpt=out/paper-exo/ckpt_038147.pt --data=DIR
-    python paper/table2.py --ckpt=... --data=DIR --ablate_anchor        with the anchor removed at inference
-    python paper/figures.py out/analysis/*.json                         the pictures
+    python paper/table2.py --ckpt=A --ckpt=B --data=DIR               A, B: checkpoint files
+    python paper/table2.py --ckpt=... --data=DIR --ablate_anchor      the anchor removed
+    python paper/figures.py out/analysis/*.json                       the pictures
 
-Writes one JSON for each checkpoint, which holds every quantity layer by layer (paper/analysis.py says how they are
-defined), and prints the numbers that the paper states beside the paper's.
+Writes one JSON for each checkpoint, which holds every quantity layer by layer (paper/analysis.py
+says how they are defined), and prints the numbers that the paper states beside the paper's.
 """
+
 import argparse
 import json
 import math
@@ -19,25 +20,74 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from analysis import (analyse, anchor_share, band_correlation, between_heads, near_zero, ratio, stage_3,
-                      validation_windows)
-from model import choose_device, InputError, load_checkpoint
+from analysis import (
+    analyse,
+    anchor_share,
+    band_correlation,
+    between_heads,
+    near_zero,
+    ratio,
+    stage_3,
+    validation_windows,
+)
+from model import InputError, choose_device, load_checkpoint
 from prepare_fineweb import UserError, atomic_write, command_line
 
+ROWS = 4  # validation rows that are analysed: as many as in the paper's released analysis
 ABLATED = "anchor removed"
-PAPER = {  # as printed for its 450M models (C 1024, 10B tokens); ABLATED: an ExoFormer without its anchor
-    "base": dict(sink="0.2572", similarity="0.5365", pca="838.9", last_pca="835", stage_3="1/3"),
-    "gated": dict(sink="0.0091", similarity="0.6328", pca="880.0", first_gate="0.2"),
-    "resformer": dict(sink="0.0212", similarity="0.6558", pca="853.8"),
-    "nuresformer": dict(sink="0.0112", similarity="0.5783", pca="887.9", first_gate="0.4-0.5"),
-    "exo": dict(sink="0.0041", similarity="0.8265", pca="818.3", peak="0.95", last_pca="738", stage_3="2/3",
-                first_gate="between"),
-    "exo_dynamic": dict(sink="0.0073", similarity="0.8622", pca="752.1", peak="0.93", last_pca="716"),
-    ABLATED: dict(peak="0.93", least_pca="321"),
+
+# as printed for the paper's 450M models (C 1024, 10B tokens); ABLATED: an ExoFormer without anchor
+PAPER = {
+    "base": {
+        "sink": "0.2572",
+        "similarity": "0.5365",
+        "pca": "838.9",
+        "last_pca": "835",
+        "stage_3": "1/3",
+    },
+    "gated": {
+        "sink": "0.0091",
+        "similarity": "0.6328",
+        "pca": "880.0",
+        "first_gate": "0.2",
+    },
+    "resformer": {
+        "sink": "0.0212",
+        "similarity": "0.6558",
+        "pca": "853.8",
+    },
+    "nuresformer": {
+        "sink": "0.0112",
+        "similarity": "0.5783",
+        "pca": "887.9",
+        "first_gate": "0.4-0.5",
+    },
+    "exo": {
+        "sink": "0.0041",
+        "similarity": "0.8265",
+        "pca": "818.3",
+        "peak": "0.95",
+        "last_pca": "738",
+        "stage_3": "2/3",
+        "first_gate": "between",
+    },
+    "exo_dynamic": {
+        "sink": "0.0073",
+        "similarity": "0.8622",
+        "pca": "752.1",
+        "peak": "0.93",
+        "last_pca": "716",
+        "stage_3": "2/3",
+    },
+    ABLATED: {
+        "peak": "0.93",
+        "least_pca": "321",
+    },
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- printing
+# ---- the tables ----------------------------------------------------------------------------------
+
 
 def number(value, digits=3):
     """A cell; "-" for what is not there or not finite."""
@@ -53,97 +103,173 @@ def paper(record, key):
 
 
 def print_table(title, headings, rows):
-    """Rows of strings under their headings, the first column to the left, the others to the right."""
+    """Rows of strings under their headings: the first column to the left, others to the right."""
     widths = [max(map(len, column)) for column in zip(headings, *rows)]
     print(f"\n{title}")
-    for row in (headings, *rows):
-        print("  ".join(cell.rjust(width) if i else cell.ljust(width)
-                        for i, (cell, width) in enumerate(zip(row, widths))))
+    for first, *others in (headings, *rows):
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print("  ".join(cells))
 
 
 def print_table_2(records):
     """The layer averages of Table 2."""
-    rows = [[r["label"], r["variant"], number(r["cross_entropy"]),
-             number(r["averages"]["attention_sink"], 4), paper(r, "sink"),
-             number(r["averages"]["token_similarity"], 4), paper(r, "similarity"),
-             number(r["averages"]["pca_core_features"], 1), str(r["model_config"]["n_embd"]), paper(r, "pca")]
-            for r in records]
-    print_table("Table 2, averages over layers. paper: its 450M models, C 1024",
-                ["label", "variant", "loss", "sink", "paper", "similarity", "paper", "PCA", "of C", "paper"], rows)
+    headings = ["label", "variant", "loss", "sink", "paper"]
+    headings += ["similarity", "paper", "PCA", "of C", "paper"]
+    rows = []
+    for record in records:
+        averages = record["averages"]
+        rows.append(
+            [
+                record["label"],
+                record["variant"],
+                number(record["cross_entropy"]),
+                number(averages["attention_sink"], 4),
+                paper(record, "sink"),
+                number(averages["token_similarity"], 4),
+                paper(record, "similarity"),
+                number(averages["pca_core_features"], 1),
+                str(record["model_config"]["n_embd"]),
+                paper(record, "pca"),
+            ]
+        )
+    print_table("Table 2, averages over layers. paper: its 450M models, C 1024", headings, rows)
 
 
 def print_stages(records):
     """Section 4.4: where tokens are alike, and how many dimensions they fill."""
+    headings = ["label", "peak", "paper", "at layer", "stage 3 from", "share", "paper"]
+    headings += ["last PCA", "paper", "least PCA", "paper"]
     rows = []
-    for r in records:
-        similarity, pca = r["by_layer"]["token_similarity"], r["by_layer"]["pca_core_features"]
-        start, layers = stage_3(similarity), r["model_config"]["n_layer"]
-        stage = ("-", "-") if start is None else (str(start), number((layers + 1 - start) / layers, 2))
-        rows.append([r["label"], number(max(similarity)), paper(r, "peak"), str(similarity.index(max(similarity))),
-                     *stage, paper(r, "stage_3"), str(pca[-1]), paper(r, "last_pca"), str(min(pca)),
-                     paper(r, "least_pca")])
-    print_table("Section 4.4: token similarity (layer 0: embedding), share of layers in stage 3, PCA core features",
-                ["label", "peak", "paper", "at layer", "stage 3 from", "share", "paper", "last PCA", "paper",
-                 "least PCA", "paper"], rows)
+    for record in records:
+        similarity = record["by_layer"]["token_similarity"]
+        pca = record["by_layer"]["pca_core_features"]
+        peak = max(similarity)
+        start = stage_3(similarity)
+        layers = record["model_config"]["n_layer"]
+        rows.append(
+            [
+                record["label"],
+                number(peak),
+                paper(record, "peak"),
+                str(similarity.index(peak)),
+                "-" if start is None else str(start),
+                "-" if start is None else number((layers + 1 - start) / layers, 2),
+                paper(record, "stage_3"),
+                str(pca[-1]),
+                paper(record, "last_pca"),
+                str(min(pca)),
+                paper(record, "least_pca"),
+            ]
+        )
+    title = (
+        "Section 4.4: token similarity (layer 0: embedding), share of layers in stage 3, "
+        "PCA core features"
+    )
+    print_table(title, headings, rows)
 
 
 def print_embedding_similarity(records):
     """Figure 2f: a token's hidden states against its embedding."""
-    print("\nSimilarity to the embedding, layer 1 to the last (paper: exo starts low and falls to about 0 or below)")
-    for r in records:
-        print(r["label"])
-        print(textwrap.fill(" ".join(f"{x:6.3f}" for x in r["hidden_similarity"][0][1:]), 110,
-                            initial_indent="    ", subsequent_indent="    "))
+    print("\nSimilarity to the embedding, layer 1 to the last")
+    print("(paper: exo starts low and falls to about 0 or below)")
+    for record in records:
+        embedding = record["hidden_similarity"][0]
+        numbers = " ".join(f"{x:6.3f}" for x in embedding[1:])
+        print(record["label"])
+        print(textwrap.fill(numbers, 100, initial_indent="    ", subsequent_indent="    "))
 
 
 def print_gates(records):
     """Appendix D, and the entropy of attention."""
+    headings = ["label", "entropy", "mean gate", "gates < 0.2", "first layer's", "paper"]
     rows = []
-    for r in records:
-        averages, gates = r["averages"], r["by_layer"].get("gate_mean", [None])
-        rows.append([r["label"], number(averages["attention_entropy"]), number(averages.get("gate_mean")),
-                     number(averages.get("gate_sparsity")), number(gates[0]), paper(r, "first_gate")])
-    print_table("Attention entropy in nats and gates, averages over layers; the first layer's gate (Appendix D)",
-                ["label", "entropy", "mean gate", "gates < 0.2", "first layer's", "paper"], rows)
+    for record in records:
+        averages = record["averages"]
+        gates = record["by_layer"].get("gate_mean", [None])
+        rows.append(
+            [
+                record["label"],
+                number(averages["attention_entropy"]),
+                number(averages.get("gate_mean")),
+                number(averages.get("gate_sparsity")),
+                number(gates[0]),
+                paper(record, "first_gate"),
+            ]
+        )
+    title = (
+        "Attention entropy in nats and gates, averages over layers; "
+        "the first layer's gate (Appendix D)"
+    )
+    print_table(title, headings, rows)
 
 
 def print_mixing(records):
-    """Section 4.2 and Figure 3: what became of the lambdas, for each letter and over all."""
+    """Sections 4.2 and 4.4, Figures 3 and 4: the lambdas, for each letter and over all."""
+    headings = ["label", "letter", "median", "mean", "anchor's share", "|lambda1| < 0.001"]
+    headings += ["between heads", "q with k"]
     rows = []
-    for r in (r for r in records if r["lambdas"] and not r["ablate_anchor"]):                 # else the same lambdas
-        tables, elementwise = r["lambdas"], r["model_config"]["granularity"] == "elementwise"
-        for s, table in tables.items():
-            with_k = elementwise and s == "q" and "k" in tables
-            rows.append([r["label"], s, number(float(np.median(ratio(table), axis=(1, 2)).mean())),
-                         number(anchor_share(r["anchor_use"][s])[0].mean()), number(near_zero([table])),
-                         number(between_heads(table) if elementwise else None),
-                         number(band_correlation(table, tables["k"]) if with_k else None)])
-        rows.append([r["label"], "all", "", "", number(near_zero(tables.values())), "", ""])
-    if not rows:
-        return
-    print_table("Lambdas, averages over layers. Paper, Figure 3: v's ratio hardly varies within a head (between heads: "
-                "near 1),\nthose of q, k and g do, q's like k's",
-                ["label", "letter", "lambda1/lambda2", "anchor's share", "|lambda1| < 0.001", "between heads",
-                 "q with k"], rows)
+    for record in records:
+        if record["lambdas"] and not record["ablate_anchor"]:  # else the lambdas say nothing
+            rows += [mixing_of(record, s) for s in record["lambdas"]]
+            every = number(near_zero(record["lambdas"].values()))
+            rows.append([record["label"], "all", "", "", "", every, "", ""])
+    if rows:
+        title = (
+            "Lambdas, averages over layers; median and mean: of lambda1 / lambda2 over channels\n"
+            "(Figure 4 as the released analysis draws it: the mean).\n"
+            "Paper, Figure 3: v's ratio hardly varies within a head (between heads: near 1),\n"
+            "those of q, k and g do, q's like k's"
+        )
+        print_table(title, headings, rows)
+
+
+def mixing_of(record, s):
+    """The cells of one letter in `print_mixing`."""
+    table = record["lambdas"][s]
+    heads = None
+    bands = None
+    if record["model_config"]["granularity"] == "elementwise":
+        heads = between_heads(table)
+        if s == "q" and "k" in record["lambdas"]:
+            bands = band_correlation(table, record["lambdas"]["k"])
+    return [
+        record["label"],
+        s,
+        number(float(np.median(ratio(table), axis=(1, 2)).mean())),
+        number(float(ratio(table).mean())),
+        number(anchor_share(record["anchor_use"][s])[0].mean()),
+        number(near_zero([table])),
+        number(heads),
+        number(bands),
+    ]
 
 
 def print_near_zero_ratio(records):
-    """Section 4.2: the share of lambda1 near zero without norms on the anchors against that with them."""
-    for r in records:
-        settings = r["model_config"]
-        for other in records:
-            if {**other["model_config"], "anchor_norm": ""} == settings != other["model_config"]:
-                shares = [near_zero(each["lambdas"].values()) for each in (r, other)]
-                print(f"\n|lambda1| < 0.001: {r['label']} {shares[0]:.4f} against {other['label']} {shares[1]:.4f}, "
-                      f"{number(shares[0] / shares[1] if shares[1] else None, 2)} times (paper: about 3)")
+    """Section 4.2: the share of lambda1 near zero without norms on the anchors and with them."""
+    for plain in records:
+        for normed in records:
+            unlike = plain["model_config"] != normed["model_config"]
+            without_norms = {**normed["model_config"], "anchor_norm": ""}
+            if unlike and plain["model_config"] == without_norms:
+                share = near_zero(plain["lambdas"].values())
+                other = near_zero(normed["lambdas"].values())
+                times = number(share / other if other else None, 2)
+                print(
+                    f"\n|lambda1| < 0.001: {plain['label']} {share:.4f} against "
+                    f"{normed['label']} {other:.4f}, {times} times (paper: about 3)"
+                )
 
 
-# -------------------------------------------------------------------------------------------------------------- command
+# ---- command -------------------------------------------------------------------------------------
+
 
 def label_of(path, ablate_anchor):
-    """A short name for a checkpoint: its run folder and file, out/tiny-exo/ckpt_000300.pt -> tiny-exo_ckpt_000300."""
+    """The run folder and file: out/tiny-exo/ckpt_000300.pt -> tiny-exo_ckpt_000300."""
     folder, name = os.path.split(os.path.abspath(path))
-    return f"{os.path.basename(folder)}_{os.path.splitext(name)[0]}{'_no_anchor' if ablate_anchor else ''}"
+    stem = os.path.splitext(name)[0]
+    label = f"{os.path.basename(folder)}_{stem}"
+    return f"{label}_no_anchor" if ablate_anchor else label
 
 
 def measure(args):
@@ -156,28 +282,67 @@ def measure(args):
             print(f"left out: {path} has no anchor that could be removed", flush=True)
             continue
         windows = validation_windows(args.data, model.config, args.rows, args.block_size)
-        record = dict(label=label_of(path, args.ablate_anchor), checkpoint=path, data=args.data,
-                      **analyse(model, windows, args.ablate_anchor))
-        with atomic_write(os.path.join(args.out, f"{record['label']}.json")) as file:
+        record = dict(
+            label=label_of(path, args.ablate_anchor),
+            checkpoint=path,
+            data=args.data,
+            **analyse(model, windows, args.ablate_anchor),
+        )
+        target = os.path.join(args.out, f"{record['label']}.json")
+        with atomic_write(target) as file:
             file.write(json.dumps(record).encode())
-        print(f"wrote {file.name.removesuffix('.part')}", flush=True)
+        print(f"wrote {target}", flush=True)
         yield record
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Table 2, and all that the figures need.", allow_abbrev=False)
-    parser.add_argument("--ckpt", action="append", required=True, metavar="PATH",
-                        help="checkpoint, ours or a released one; repeat for more")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of token shards, for its validation split")
-    parser.add_argument("--rows", type=int, default=4, help="validation rows (default: the paper's 4)")
-    parser.add_argument("--block_size", type=int, default=0, metavar="T",
-                        help="tokens of a row (default: the model's, 2048 in the paper)")
-    parser.add_argument("--ablate_anchor", action="store_true",
-                        help="remove the anchor at inference: it adds nothing to any projection")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                        help="where to compute (default: cuda if there is a GPU)")
-    parser.add_argument("--out", default="out/analysis", metavar="DIR",
-                        help="folder for the JSON files (default: out/analysis)")
+    parser = argparse.ArgumentParser(
+        description="Table 2, and all that the figures need.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--ckpt",
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="checkpoint, ours or a released one; repeat for more",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder of token shards, for its validation split",
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=ROWS,
+        help=f"validation rows (default: the paper's {ROWS})",
+    )
+    parser.add_argument(
+        "--block_size",
+        type=int,
+        default=0,
+        metavar="T",
+        help="tokens of a row (default: the model's, 2048 in the paper)",
+    )
+    parser.add_argument(
+        "--ablate_anchor",
+        action="store_true",
+        help="remove the anchor at inference: it adds nothing to any projection",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where to compute (default: cuda if there is a GPU)",
+    )
+    parser.add_argument(
+        "--out",
+        default="out/analysis",
+        metavar="DIR",
+        help="folder for the JSON files (default: out/analysis)",
+    )
     return parser.parse_args()
 
 
@@ -185,14 +350,19 @@ def main():
     args = parse_args()
     labels = [label_of(path, args.ablate_anchor) for path in args.ckpt]
     if len(set(labels)) < len(labels):
-        raise UserError("two checkpoints share folder and file name, so one JSON would replace the other: "
-                        "rename a folder")
+        raise UserError(
+            "two checkpoints share folder and file name, so one JSON would replace the other: "
+            "rename a folder"
+        )
     records = list(measure(args))
     if not records:
         raise UserError("--ablate_anchor: none of the checkpoints has an anchor; drop the flag")
-    for show in (print_table_2, print_stages, print_embedding_similarity, print_gates, print_mixing,
-                 print_near_zero_ratio):
-        show(records)
+    print_table_2(records)
+    print_stages(records)
+    print_embedding_similarity(records)
+    print_gates(records)
+    print_mixing(records)
+    print_near_zero_ratio(records)
     print(f"\nPictures: python paper/figures.py {args.out}/*.json")
 
 
