@@ -223,8 +223,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, call):
 
 
 def test_variants_can_be_told_apart_without_colour_and_keep_their_style():
-    """A second row of the same variant, or one of no row of Table 3, takes a look that nobody here has; with the anchor
-    removed a variant's marker is hollow."""
+    """A second row of the same variant, or one of no row of Table 3, has a look that no row of Table 3 has; with the
+    anchor removed a variant's marker is hollow."""
     looks = [{k: v for k, v in figures.variant_style(name).items() if k != "color"} for name in TABLE_3]
     assert all(a != b for i, a in enumerate(looks) for b in looks[:i])
     rows = [("gated", False), ("exo", False), ("gated", False), ("resformer", False), ("", False), ("exo", True)]
@@ -254,9 +254,9 @@ def test_the_picture_has_a_curve_for_every_row_with_the_spread_as_a_band(tmp_pat
     call(compare.main, *runs, f"--png={tmp_path / 'c.png'}")
     axes = pages[0].axes[0]
     legend = [text.get_text() for text in pages[0].figure.legends[0].get_texts()]
-    assert legend == ["base", "exo", "gated"] and "tokens" in axes.get_xlabel() and "nats" in axes.get_ylabel()
+    assert legend == ["base", "exo", "gated"] and "bytes" in axes.get_xlabel() and "nats" in axes.get_ylabel()
     assert list(axes.lines[1].get_ydata()) == pytest.approx([5.15, 4.0])
-    assert axes.lines[1].get_xdata().tolist() == pytest.approx([2e-4, 4e-4])
+    assert axes.lines[1].get_xdata().tolist() == pytest.approx([0.2, 0.4])
     assert axes.collections[1].get_paths()[0].vertices[:, 1].max() == pytest.approx(5.2)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
