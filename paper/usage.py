@@ -1,15 +1,24 @@
 """
-How the layers come to use their anchor: Table 2's quantities by layer and over training, from the checkpoints of runs.
+Over training: how the layers come to use their anchor, from the checkpoints of runs; and with --log
+how smoothly the runs went, from their logs.
 
-    python train.py --variant=exo --keep=0                                         keeps all its checkpoints
-    python paper/usage.py out/paper-gated out/paper-exo out/paper-exo_dynamic --png=usage.png --out=usage.jsonl
-    python paper/usage.py usage.jsonl --png=usage.png                              the same from a file of --out
+    python train.py --variant=exo --keep=0                                keeps all its checkpoints
+    python paper/usage.py out/paper-gated out/paper-exo --png=usage.png --out=usage.jsonl
+    python paper/usage.py usage.jsonl --png=usage.png                     the same from --out's file
+    python paper/usage.py out/paper-naive out/paper-exo --log --png=steps.png --out=steps.jsonl
 
-Each checkpoint in a run folder is analysed on the first validation row, as table2.py does. In the picture every run is
-a row of maps, layers downwards, tokens to the right. The table that is printed holds averages over layers, at the last
-checkpoint and those nearest to a half, a quarter, ... of its tokens. The anchor's share is that of the mean norms of
-gamma_1 lambda_1 S_anc and gamma_2 lambda_2 S_n, which can be compared between anchors with and without a norm.
+Each checkpoint in a run folder is analysed on the first validation rows, as table2.py does. The
+tables hold averages over layers, at the last checkpoint and those nearest to a half, a quarter, ...
+of its tokens. The anchor's share is that of the mean norms of gamma_1 lambda_1 S_anc and gamma_2
+lambda_2 S_n, which can be compared between anchors with and without a norm; lambda_1 and lambda_2
+are means over channels, weights alone (a dynamic model multiplies them by its gammas). In the
+picture every run is a row of maps, layers downwards, tokens to the right.
+
+With --log: the norm of the gradient before clipping, and spikes. A step is a spike where its
+training loss (or its norm) lies more than 5 standard deviations above the mean of the 50 steps
+before it.
 """
+
 import argparse
 import glob
 import os
@@ -21,125 +30,330 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import analyse, anchor_share, validation_windows
-from compare import circumstances, write_lines
-from figures import Page, heat_map, inner_limits, pyplot
-from model import choose_device, InputError, load_checkpoint, read_checkpoint
+from compare import circumstances, read_log, read_run, write_lines
+from figures import NAMES, Page, heat_map, inner_limits, pyplot, token_unit
+from model import InputError, choose_device, load_checkpoint, read_checkpoint
 from prepare_fineweb import UserError, check_writable, command_line, json_lines
-from table2 import number, print_table
+from table2 import ROWS, number, print_table
 
-QUANTITIES = {  # name: (heading in the table, title in the picture)
-    "attention_sink": ("sink", "attention to first token"), "token_similarity": ("similarity", "token similarity"),
-    "pca_core_features": ("PCA", "PCA core features"), "gate_mean": ("gate", "mean gate"),
-    "q": ("q share", "anchor's share, queries"), "k": ("k share", "anchor's share, keys"),
-    "v": ("v share", "anchor's share, values"), "g": ("g share", "anchor's share, gates"),
+# {quantity: (heading in the table, title in the picture)}, four that stand side by side
+STATES = {
+    "attention_sink": ("sink", "attention to first token"),
+    "token_similarity": ("similarity", "token similarity"),
+    "pca_core_features": ("PCA", "PCA core features"),
+    "gate_mean": ("gate", "mean gate"),
 }
+SHARES = {s: (f"{s} share", f"anchor's share, {name}") for s, name in NAMES.items()}
+LAMBDAS_1 = {f"lambda1_{s}": (f"{s} lambda1", f"lambda1, {name}") for s, name in NAMES.items()}
+LAMBDAS_2 = {f"lambda2_{s}": (f"{s} lambda2", f"lambda2, {name}") for s, name in NAMES.items()}
+
+SPIKE_STEPS = 50
+SPIKE_DEVIATIONS = 5
 
 
-def use_in(path, data, device="cpu", rows=1):
-    """{quantity: (n_layer,) float64} of a checkpoint; nan in a layer that does not mix the letter."""
+# ---- checkpoints: how the layers use their anchor ------------------------------------------------
+
+
+def use_in(path, data, device="cpu", rows=ROWS):
+    """{quantity: (n_layer,) float64} of a checkpoint; nan where a layer does not mix the letter."""
     model = load_checkpoint(path, device)
-    layers, record = model.config.n_layer, analyse(model, validation_windows(data, model.config, rows))
-    use = {name: np.array(record["by_layer"][name][-layers:], dtype=float)                # without the embedding
-           for name in QUANTITIES if name in record["by_layer"]}
+    layers = model.config.n_layer
+    record = analyse(model, validation_windows(data, model.config, rows))
+    use = {}
+    for name in STATES:
+        if name in record["by_layer"]:
+            use[name] = np.array(record["by_layer"][name][-layers:], dtype=float)  # no embedding
     for s, table in record["anchor_use"].items():
-        use[s] = np.full(layers, np.nan)
-        use[s][np.array(table["layers"]) - 1] = anchor_share(table)[0]
+        use[s] = in_layers(table, anchor_share(table)[0], layers)
+    for s, table in record["lambdas"].items():
+        use[f"lambda1_{s}"] = in_layers(table, np.mean(table["anchor"], axis=(1, 2)), layers)
+        use[f"lambda2_{s}"] = in_layers(table, np.mean(table["current"], axis=(1, 2)), layers)
     return use
 
 
-def use_over_training(folder, data="", device="cpu", rows=1):
-    """(tokens (E,), {quantity: (n_layer, E)}) of the E checkpoints in a run folder. data: a folder of shards; "" takes
-    the run's own. UserError where there is no checkpoint."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt"))
-    steps = {int(re.search(r"(\d+)\.pt$", path)[1]): path for path in paths}
-    if not steps:
+def in_layers(table, values, layers):
+    """The values of the layers that a letter's table names, (n_layer,); nan in the others."""
+    every = np.full(layers, np.nan)
+    every[np.array(table["layers"]) - 1] = values
+    return every
+
+
+def use_over_training(folder, data="", device="cpu", rows=ROWS):
+    """(tokens (E,), {quantity: (n_layer, E)}) of the E checkpoints in a run folder.
+
+    data: a folder of shards; "" takes the run's own. UserError where there is no checkpoint.
+    """
+    paths = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")):
+        paths[int(re.search(r"(\d+)\.pt$", path)[1])] = path
+    if not paths:
         raise UserError(f"{folder}: no checkpoint (ckpt_*.pt) of train.py in this folder")
-    settings = read_checkpoint(paths[0]).get("train_config")
+    steps = sorted(paths)
+    settings = read_checkpoint(paths[steps[0]]).get("train_config")
     if settings is None:
-        raise UserError(f"{paths[0]}: holds weights but no settings of a run; give a run folder of train.py")
-    uses = [use_in(steps[step], data or settings["data"], device, rows) for step in sorted(steps)]
-    return np.array(sorted(steps)) * settings["total_batch_size"], {
-        name: np.stack([use[name] for use in uses], axis=1) for name in uses[0]}
+        raise UserError(
+            f"{paths[steps[0]]}: holds weights but no settings of a run; "
+            "give a run folder of train.py"
+        )
+    uses = [use_in(paths[step], data or settings["data"], device, rows) for step in steps]
+    over_training = {name: np.stack([use[name] for use in uses], axis=1) for name in uses[0]}
+    return np.array(steps) * settings["total_batch_size"], over_training
 
 
-def measure(folder, data, device, rows):
+def measure_use(folder, data, device, rows):
     """The record of a run folder, a line of --out; null where a layer does not mix the letter."""
     tokens, use = use_over_training(folder, data, device, rows)
-    return dict(run=os.path.basename(os.path.normpath(folder)), rows=rows, tokens=tokens.tolist(),
-                use={name: np.where(np.isnan(table), None, table.round(5)).tolist() for name, table in use.items()},
-                **circumstances(device))
+    rounded = {}
+    for name, table in use.items():
+        rounded[name] = np.where(np.isnan(table), None, table.round(5)).tolist()
+    return dict(
+        run=run_name(folder),
+        rows=rows,
+        tokens=tokens.tolist(),
+        use=rounded,
+        **circumstances(device),
+    )
 
 
-def unpack(record):
-    """(label, (tokens, {quantity: values})) of a record of `measure`."""
+def unpack_use(record):
+    """(tokens, {quantity: values}) of a record of `measure_use`."""
     use = {name: np.array(table, dtype=float) for name, table in record["use"].items()}
-    return record["run"], (np.array(record["tokens"]), use)
+    return np.array(record["tokens"]), use
 
 
-def read_records(path):
-    """The records in a file of --out; UserError for a line that cannot be unpacked."""
-    with open(path, "rb") as file:
-        return list(json_lines(file, path, "a line of usage.py --out", lambda record: unpack(record) and record))
+def print_uses(records):
+    """Averages over layers at the last checkpoint and those nearest to a half, a quarter, ..."""
+    print_averages("Averages over layers", STATES | SHARES, records)
+    if any("lambda1" in name for record in records for name in record["use"]):
+        print_averages("Lambdas, averages over layers", LAMBDAS_1 | LAMBDAS_2, records)
 
 
-def print_uses(runs):
-    """Averages over layers at the last checkpoint and those nearest to a half, a quarter, ... of its tokens."""
+def print_averages(title, quantities, records):
+    headings = ["run", "tokens"] + [heading for heading, _ in quantities.values()]
     rows = []
-    for label, (tokens, use) in runs.items():
-        for column in sorted({int(abs(tokens - tokens[-1] / 2 ** halvings).argmin()) for halvings in range(8)}):
-            rows.append([label, f"{tokens[column]:,}"] +
-                        [number(np.nanmean(use[name][:, column]) if name in use else None, 4) for name in QUANTITIES])
-    print_table("Averages over layers", ["run", "tokens"] + [heading for heading, _ in QUANTITIES.values()], rows)
+    for record in records:
+        tokens, use = unpack_use(record)
+        targets = [tokens[-1] / 2**halvings for halvings in range(8)]
+        nearest = {int(abs(tokens - target).argmin()) for target in targets}
+        for column in sorted(nearest):
+            cells = [record["run"], f"{tokens[column]:,}"]
+            for name in quantities:
+                mean = np.nanmean(use[name][:, column]) if name in use else None
+                cells.append(number(mean, 4))
+            rows.append(cells)
+    print_table(title, headings, rows)
 
 
-def draw(runs, path):
-    """Write the picture of {label: (tokens, {quantity: values})}: a row of maps for each run, a column and a colour
-    scale for each quantity that any has."""
-    names = [name for name in QUANTITIES if any(name in use for _, use in runs.values())]
-    most = max(tokens[-1] for tokens, _ in runs.values())
-    unit, word = (1e9, "billions") if most >= 1e9 else (1e6, "millions") if most >= 1e6 else (1e3, "thousands")
-    page = Page(len(runs), len(names), "Layers over training", width=2.7, height=2.1)
-    for column, name in zip(page.axes.reshape(len(runs), -1).T, names):
-        limits = inner_limits(np.concatenate([use[name].flatten() for _, use in runs.values() if name in use]))
-        for axes, (label, (tokens, use)) in zip(column, runs.items()):
-            if name in use:
-                lowest, image = axes, heat_map(axes, use[name], limits, [f"{t / unit:.3g}" for t in tokens],
-                                               range(1, len(use[name]) + 1), names_shown=4,
-                                               ylabel=f"{label}\nlayer" if name == names[0] else "layer")
-            else:
-                axes.set_axis_off()
-        lowest.set_xlabel(f"tokens ({word})")
-        column[0].set_title(QUANTITIES[name][1], fontsize=11)
-        page.figure.colorbar(image, ax=list(column), location="bottom", aspect=25, pad=0.02, extend="both")
+def draw_uses(records, path):
+    """Write the picture: below each other the quantities in fours, a row of maps for each run.
+
+    A quantity has one colour scale for all runs. A run that has none of four is left out there.
+    """
+    blocks = []
+    for quantities in (STATES, SHARES, LAMBDAS_1, LAMBDAS_2):
+        having = [record for record in records if set(quantities) & set(record["use"])]
+        if having:
+            blocks.append((quantities, having))
+    rows = sum(len(having) for _, having in blocks)
+    page = Page(rows, 4, "Layers over training", width=2.7, height=2.1)
+    grid = page.axes.reshape(rows, 4)
+    for quantities, having in blocks:
+        block = grid[: len(having)]
+        grid = grid[len(having) :]
+        for column, (name, (_, title)) in zip(block.T, quantities.items()):
+            draw_quantity(page, column, having, name, title)
+        for axes, record in zip(block[:, 0], having):
+            axes.set_ylabel(f"{record['run']}\nlayer")
     return page.finish(path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Use of the anchor by depth and over training.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or files of --out")
-    parser.add_argument("--data", default="", metavar="DIR", help="folder of token shards (default: the run's own)")
-    parser.add_argument("--rows", type=int, default=1, help="validation rows (default: 1)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                        help="where to compute (default: cuda if there is a GPU)")
-    parser.add_argument("--png", default="", help="write the picture to this file")
-    parser.add_argument("--out", default="", help="write what was measured to this file, a line a run")
-    args = parser.parse_args()
-    if args.png:
-        pyplot()                                                               # said before the work, not after it
-    check_writable(args.png)
-    check_writable(args.out)
+def draw_quantity(page, column, records, name, title):
+    """The maps of one quantity, one below the other, with their colours."""
+    drawn = []
+    values = [unpack_use(record)[1][name] for record in records if name in record["use"]]
+    limits = inner_limits(np.concatenate([table.flatten() for table in values] or [[0.0]]))
+    for axes, record in zip(column, records):
+        if name not in record["use"]:
+            axes.set_axis_off()
+            continue
+        tokens, use = unpack_use(record)
+        layers = range(1, len(use[name]) + 1)
+        image = heat_map(axes, use[name], limits, across=[""], down=layers, names_shown=4)
+        unit, word = token_unit(tokens[-1])
+        ticks = round_numbers(tokens[0] / unit, tokens[-1] / unit)
+        places = np.interp(ticks, tokens / unit, range(len(tokens)))
+        axes.set_xticks(places, [f"{tick:g}" for tick in ticks])
+        drawn.append(axes)
+    if drawn:
+        drawn[0].set_title(title, fontsize=11)
+        drawn[-1].set_xlabel(f"tokens ({word})")
+        page.figure.colorbar(image, ax=drawn, location="bottom", aspect=25, pad=0.02, extend="both")
+
+
+def round_numbers(low, high):
+    """Up to five round numbers from low to high; low itself where they are equal."""
+    ticks = pyplot().MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [tick for tick in ticks if low <= tick <= high] if low < high else [low]
+
+
+# ---- logs: how smoothly the runs went ------------------------------------------------------------
+
+
+def measure_log(folder):
+    """The record of a run's log.jsonl, a line of --out: loss and norm of the gradient by step."""
+    steps = [record for record in read_log(folder) if "loss" in record]
+    if not steps:
+        raise UserError(f"{folder}: its log has no training step yet")
+    return dict(
+        run=run_name(folder),
+        tokens=[step["tokens"] for step in steps],
+        loss=[round(step["loss"], 4) for step in steps],
+        grad_norm=[round(step["grad_norm"], 4) for step in steps],
+        **read_run(folder).origin,
+    )
+
+
+def unpack_log(record):
+    """(tokens, loss, norm of the gradient), each (steps,), of a record of `measure_log`."""
+    return tuple(np.array(record[name], dtype=float) for name in ("tokens", "loss", "grad_norm"))
+
+
+def spikes(values):
+    """Which of some steps' values (steps,) are spikes, as a mask; none of the first 50 can be."""
+    found = np.zeros(len(values), dtype=bool)
+    for i in range(SPIKE_STEPS, len(values)):
+        before = values[i - SPIKE_STEPS : i]
+        found[i] = values[i] > before.mean() + SPIKE_DEVIATIONS * before.std()
+    return found
+
+
+def print_logs(records):
+    """The norm of the gradient over all steps, and how many spikes of loss and norm there are."""
+    headings = ["run", "steps", "norm: median", "99th percentile", "largest"]
+    headings += ["loss spikes", "norm spikes"]
+    rows = []
+    for record in records:
+        _, loss, norm = unpack_log(record)
+        rows.append(
+            [
+                record["run"],
+                f"{len(loss):,}",
+                number(np.median(norm)),
+                number(np.percentile(norm, 99)),
+                number(norm.max()),
+                str(spikes(loss).sum()),
+                str(spikes(norm).sum()),
+            ]
+        )
+    title = (
+        "Norm of the gradient before clipping; spikes: "
+        f"more than {SPIKE_DEVIATIONS} standard deviations above the {SPIKE_STEPS} steps before"
+    )
+    print_table(title, headings, rows)
+
+
+def draw_logs(records, path):
+    """Training loss and norm of the gradient of every step, a row for each run, on equal axes."""
+    page = Page(len(records), 2, "Every training step; dots: spikes", width=5.0, height=1.8)
+    grid = page.axes.reshape(len(records), 2)
+    series = [unpack_log(record) for record in records]
+    unit, word = token_unit(max(tokens[-1] for tokens, _, _ in series))
+    norms = np.concatenate([norm for _, _, norm in series])
+    losses = np.concatenate([loss for _, loss, _ in series])
+    for row, record, (tokens, loss, norm) in zip(grid, records, series):
+        for axes, values, every in ((row[0], loss, losses), (row[1], norm, norms)):
+            mask = spikes(values)
+            axes.plot(tokens / unit, values, linewidth=0.7, color="#0072B2")
+            axes.plot(tokens[mask] / unit, values[mask], "o", markersize=4, color="#D55E00")
+            axes.set(xlabel=f"tokens ({word})", ylim=(0.95 * every.min(), 1.05 * every.max()))
+        row[0].set_ylabel(f"{record['run']}\nloss (nats)")
+        row[1].set_ylabel("gradient norm")
+        row[1].set_yscale("log")
+    return page.finish(path)
+
+
+# ---- command -------------------------------------------------------------------------------------
+
+
+def run_name(folder):
+    return os.path.basename(os.path.normpath(folder))
+
+
+def read_records(path, unpack):
+    """The records in a file of --out; UserError for a line that `unpack` cannot read."""
+    with open(path, "rb") as file:
+        kind = "a line of usage.py --out (with --log where it was made so)"
+        return list(json_lines(file, path, kind, lambda record: unpack(record) and record))
+
+
+def collect(args):
+    """The records of all that the command line names. UserError where two have one name."""
     device = choose_device(args.device, among=("cuda", "cpu"))
     records = []
     for run in args.runs:
-        records += read_records(run) if run.endswith(".jsonl") else [measure(run, args.data, device, args.rows)]
-    runs = dict(map(unpack, records))
-    if len(runs) < len(records):
-        raise UserError(f"two runs have one name, among {', '.join(record['run'] for record in records)}")
-    print_uses(runs)
+        if run.endswith(".jsonl"):
+            records += read_records(run, unpack_log if args.log else unpack_use)
+        elif args.log:
+            records.append(measure_log(run))
+        else:
+            records.append(measure_use(run, args.data, device, args.rows))
+    names = [record["run"] for record in records]
+    if len(set(names)) < len(names):
+        raise UserError(f"two runs have one name, among {', '.join(names)}")
+    return records
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Use of the anchor by depth and over training; or how smoothly runs went.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or files of --out")
+    parser.add_argument(
+        "--log",
+        action="store_true",
+        help="norm of the gradient and spikes of the loss, from log.jsonl, instead of the layers",
+    )
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="DIR",
+        help="folder of token shards (default: the run's own)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=ROWS,
+        help=f"validation rows (default: {ROWS}, as table2.py)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where to compute (default: cuda if there is a GPU)",
+    )
+    parser.add_argument("--png", default="", help="write the picture to this file")
+    parser.add_argument(
+        "--out",
+        default="",
+        help="write what was measured to this file, a line a run",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.png:
+        pyplot()  # said before the work, not after it
+    check_writable(args.png)
+    check_writable(args.out)
+    records = collect(args)
+    show, draw = (print_logs, draw_logs) if args.log else (print_uses, draw_uses)
+    show(records)
     if args.out:
         write_lines(records, args.out)
     if args.png:
-        print(f"wrote {draw(runs, args.png)}")
+        print(f"wrote {draw(records, args.png)}")
 
 
 if __name__ == "__main__":
