@@ -1,11 +1,14 @@
 """
-What the tests of this folder share. One thread for them and for every process that they start: threads that wait for a
-core spin.
+What the tests of this folder share.
+
+One thread for them and for every process that they start: threads that wait for a core spin.
 """
+
 import os
 import sys
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
 import pytest
 import torch
 
