@@ -102,10 +102,10 @@ def test_an_ablation_takes_the_runs_of_another_sweep_and_leaves_its_table(tmp_pa
 
 
 @pytest.mark.parametrize("log, saved, state", [
-    ("", False, "new"), ('{"step": 0, "val_loss": 5.0}\n', False, "new"),
-    ('{"step": 0, "val_loss": 5.0}\n', True, "stopped"),
-    ('{"step": 20, "loss": 5.0}\n', True, "stopped"),                             # saved, but killed in its evaluation
-    ('{"step": 20, "val_loss": 5.0}\n', True, "finished"), ('{"step": 7, "diverged": true}\n', True, "diverged")])
+    ("", False, "new"), ('{"step": 0, "tokens": 0, "val_loss": 5.0}\n', False, "new"),
+    ('{"step": 0, "tokens": 0, "val_loss": 5.0}\n', True, "stopped"),
+    ('{"step": 20, "tokens": 400, "loss": 5.0}\n', True, "stopped"),                             # saved, but killed in its evaluation
+    ('{"step": 20, "tokens": 400, "val_loss": 5.0}\n', True, "finished"), ('{"step": 7, "tokens": 140, "diverged": true}\n', True, "diverged")])
 def test_the_state_of_a_run_is_told_by_its_log(tmp_path, log, saved, state):
     job = sweep.Job("exo", {}, dict(seed=1, max_steps=20), str(tmp_path))
     os.mkdir(job.folder)
