@@ -591,7 +591,10 @@ class Positions:
         return seen & (self.docs[row, query] == self.docs[row, key])
 
     def dense_mask(self):
-        """`visible` for all pairs, (1|B, 1, T, L); with a bias (1|B, H, T, L), -inf if unseen."""
+        """`visible` for all pairs, (T, L), with documents (B, 1, T, L).
+
+        With a bias: the bias where the key is seen, -inf elsewhere, (H, T, L) or (B, H, T, L).
+        """
         query = self.query[:, None]
         rows = 1 if self.docs is None else len(self.docs)
         row = torch.arange(rows, device=query.device)[:, None, None, None]
