@@ -34,7 +34,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import InputError, KVCache, choose_device, compute_dtype, load_checkpoint
+from model import (
+    InputError,
+    KVCache,
+    choose_device,
+    compute_dtype,
+    load_checkpoint,
+    newest_checkpoint,
+)
 from prepare_fineweb import (
     Progress,
     UserError,
@@ -383,6 +390,12 @@ def checked(row):
 # ---- 5 command line --------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHECKPOINT_HELP = "checkpoint, train.py's or a released one; for a run folder, its newest"
+
+
+def checkpoint_file(path):
+    """The path of a checkpoint, for a run folder that of its newest, so that results can name it."""
+    return newest_checkpoint(path) if os.path.isdir(path) else path
 
 
 def load_for_scoring(path, device):
@@ -404,7 +417,7 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint to score: train.py's, or a released one")
+    add("--ckpt", required=True, help=CHECKPOINT_HELP)
     add("--shots", type=int, default=0, help="solved examples before each item; the paper uses 5")
     add("--style", choices=STYLES, default="lmeval", help="how items become text")
     add("--limit", type=int, help="score the first LIMIT items only")
@@ -428,7 +441,8 @@ def main():
     """Score a checkpoint, print the accuracies with the convention they follow, write --out."""
     args = parse_arguments()
     check_writable(args.out)
-    model = load_for_scoring(args.ckpt, choose_device(args.device))
+    path = checkpoint_file(args.ckpt)
+    model = load_for_scoring(path, choose_device(args.device))
     tokenizer = model.config.tokenizer
     items = load_items(args.data, args.shots, args.style, args.limit, args.train, tokenizer)
     scores = score(model, items, args.batch_tokens, DTYPES[args.dtype])
@@ -436,7 +450,7 @@ def main():
     if args.out:
         write_results(args.out, items, scores, predicted)
     say(
-        f"HellaSwag, {args.style} rendering, {args.shots}-shot, {len(items)} items, "
+        f"{path}: HellaSwag, {args.style} rendering, {args.shots}-shot, {len(items)} items, "
         f"{args.dtype} on {model.head.weight.device.type}"
     )
     report(items, predicted, model.config)

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
+from eval_hellaswag import CHECKPOINT_HELP
 from model import (
     ExoFormer,
     InputError,
@@ -69,7 +70,7 @@ def main():
         description="Weights as safetensors, configuration as JSON.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="PATH", help="checkpoint: train.py's, or a released one")
+    add("--ckpt", required=True, metavar="PATH", help=CHECKPOINT_HELP)
     add("--out", required=True, metavar="DIR", help="where the two files go")
     args = parser.parse_args()
     model = load_checkpoint(args.ckpt)

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import cross_entropy, validation_windows
-from eval_hellaswag import eval_mode
+from eval_hellaswag import CHECKPOINT_HELP, checkpoint_file, eval_mode
 from model import TABLE_3, InputError, choose_device, load_checkpoint, variant_name
 from prepare_fineweb import Progress, UserError, command_line, get_tokenizer
 
@@ -52,7 +52,7 @@ def parse_arguments():
         description="Validation perplexity of a checkpoint.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="PATH", help="checkpoint: train.py's, or a released one")
+    add("--ckpt", required=True, metavar="PATH", help=CHECKPOINT_HELP)
     add(
         "--data",
         required=True,
@@ -85,7 +85,8 @@ def main():
         dtype = "bfloat16" if device == "cuda" else "float32"
     masked = args.mask_documents == "true"
     documents = "masked" if masked else "not masked"
-    model = load_checkpoint(args.ckpt, device)
+    path = checkpoint_file(args.ckpt)
+    model = load_checkpoint(path, device)
     windows = validation_windows(args.data, model.config, args.windows)
     eot = get_tokenizer(model.config.tokenizer).eot
     value = perplexity(model, windows, eot, dtype, masked)
@@ -94,7 +95,7 @@ def main():
     if name in TABLE_3:
         millions, paper, _ = TABLE_3[name]
         beside = f" (the paper's {millions} M model: {paper:.2f} over 100M GPT-2 tokens)"
-    print(f"{args.ckpt}: {name}")
+    print(f"{path}: {name}")
     print(
         f"perplexity  {value:.4f} over {len(windows):,} windows of {windows.shape[1] - 1} "
         f"validation tokens, cross-entropy alone, documents {documents}, {dtype}{beside}"

@@ -35,9 +35,11 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from eval_hellaswag import (
+    CHECKPOINT_HELP,
     DTYPES,
     all_finite,
     checked,
+    checkpoint_file,
     eval_mode,
     load_for_scoring,
     read_bytes,
@@ -446,7 +448,7 @@ def parse_arguments():
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint to score: train.py's, or a released one")
+    add("--ckpt", required=True, help=CHECKPOINT_HELP)
     add("--tasks", default=",".join(TASKS), help="which, separated by commas (default: all six)")
     add("--shots", type=int, default=5, help="solved examples before each item (default: 5)")
     add("--limit", type=int, help="score the first LIMIT items of each task only: a trial")
@@ -474,14 +476,15 @@ def main():
         raise UserError("needs lm_eval: pip install lm_eval==0.4.13")
     check_writable(args.out)
     device = choose_device(args.device, among=("cuda", "cpu"))
-    model = load_for_scoring(args.ckpt, device)
+    path = checkpoint_file(args.ckpt)
+    model = load_for_scoring(path, device)
     dtype = DTYPES[args.dtype]
     results = evaluate(model, args.tasks, args.shots, args.limit, args.data, args.batch_size, dtype)
     variant = variant_name(model.config)
     parameters = count_parameters(model)
     print("\n".join(table(results, variant, parameters)))
     if args.out:
-        record = {"ckpt": args.ckpt, "variant": variant, "parameters": parameters, **results}
+        record = {"ckpt": path, "variant": variant, "parameters": parameters, **results}
         with atomic_write(args.out) as file:
             file.write(json.dumps(record, indent=1).encode())
 

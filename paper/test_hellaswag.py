@@ -545,7 +545,7 @@ def test_every_flag_reaches_what_it_sets(monkeypatch, capsys, tmp_path):
     assert calls["items"] == ("d", 2, "lmeval", 9, "t", "bytes")
     assert calls["score"] == (model, items, 7, torch.bfloat16)
     printed = capsys.readouterr().out
-    assert "HellaSwag, lmeval rendering, 2-shot, 3 items, bfloat16 on cpu" in printed
+    assert "c.pt: HellaSwag, lmeval rendering, 2-shot, 3 items, bfloat16 on cpu" in printed
     cut = sum(len(item.context) + max(map(len, item.endings)) - 1 > 40 for item in items)
     assert 0 < cut < 3 and f"{cut} contexts were cut on the left to block_size=40" in printed
     assert not run(monkeypatch, H, "--ckpt=c.pt", cpu, "--style=nanogpt")
@@ -592,6 +592,13 @@ def test_a_tokenizer_needs_all_its_ids_in_the_models_vocabulary(tmp_path):
     path = saved(tiny(vocab_size=256), tmp_path / "256.pt")
     with pytest.raises(UserError, match="256.pt: knows 256 token ids, .* bytes, has 257"):
         H.load_for_scoring(path, "cpu")
+
+
+def test_a_run_folder_is_its_newest_checkpoint(tmp_path, monkeypatch, capsys):
+    for step in (9, 10):
+        saved(tiny(seed=step), tmp_path / f"ckpt_{step:06d}.pt")
+    assert not run(monkeypatch, H, f"--ckpt={tmp_path}", f"--data={SAMPLE}", "--limit=1")
+    assert f"{tmp_path}/ckpt_000010.pt: HellaSwag" in capsys.readouterr().out
 
 
 def test_user_errors_are_one_line(tmp_path, monkeypatch):
