@@ -236,7 +236,7 @@ def test_tokens_to_a_loss_are_interpolated_between_evaluations(level, tokens):
     assert compare.tokens_to_reach(curve, 3.4) is None
 
 
-# ------------------------------------------------------------------------------------ rows and table
+# ---------------------------------------------------------------------------------- rows and table
 
 
 def test_seeds_of_one_experiment_are_one_row_with_hand_computed_figures(tmp_path):
@@ -331,10 +331,12 @@ def test_a_custom_model_is_named_by_its_folder_or_by_what_contradicts_the_row(tm
 
 def test_two_custom_models_are_not_taken_for_one_variant(tmp_path):
     """Neither has anything to do with the other, so there is no difference between them."""
+    model = {"one": dict(mix="q", anchor_norm=""), "two": dict(mix="k", anchor_norm="")}
+    ends = {"one": 4.0, "two": 3.0}
     folders = [
-        write_run(tmp_path / name, [(0, 8.0), (400, loss)], "exo", model=dict(mix=mix, anchor_norm=""))
-        for name, loss, mix in (("one", 4.0, "q"), ("two", 3.0, "k"))
-    ]  # fmt: skip
+        write_run(tmp_path / name, [(0, 8.0), (400, end)], "exo", model=model[name])
+        for name, end in ends.items()
+    ]
     found, _ = cells(folders)
     assert found["one", "val loss"] == "4.0000" and found["two", "val loss"] == "3.0000"
     assert not any(name == "loss - first of its variant" for _, name in found)
@@ -381,8 +383,8 @@ MEASURES = """data tokenizer vocab_size block_size mask_documents eval_tokens
     final_eval_tokens""".split()
 CHANGES = """init_from dtype max_steps total_batch_size optimizer muon_lr muon_momentum muon_ramp
     muon_beta2 muon_dtype muon_fused adamw_lr weight_decay warmup_steps decay_fraction final_lr
-    grad_clip z_loss eval_every n_layer n_head n_embd ffn_dim gate anchor mix anchor_norm granularity
-    dynamic dynamic_dim lambda_init qk_norm norm_position window rope_theta""".split()
+    grad_clip z_loss eval_every n_layer n_head n_embd ffn_dim gate anchor mix anchor_norm
+    granularity dynamic dynamic_dim lambda_init qk_norm norm_position window rope_theta""".split()
 
 
 def test_every_setting_either_steers_a_run_or_makes_it_another_experiment():
@@ -478,7 +480,7 @@ def test_the_effect_of_an_idea_is_the_difference_of_two_rows_beside_the_papers(t
 
 
 def test_one_lambda_against_many_is_the_mean_over_the_families_that_have_both(tmp_path):
-    """0.1 better with exogenous, 0.3 with internal anchors; in the paper 14.15/14.13, 14.17/14.15."""
+    """0.1 better with exogenous, 0.3 with internal anchors; paper: 14.15/14.13, 14.17/14.15."""
     ends = {
         ("exo", 1): 3.0,
         ("exo_scalar", 1): 2.9,
@@ -498,9 +500,15 @@ def test_each_row_at_its_best_rate_is_compared_over_the_seeds_that_all_rows_have
     gated is best at 0.01. exo - gated: 3.0 - 3.7 and 3.2 - 3.7.
     """
     ends = {
-        0.01: {("gated", 1): 3.7, ("gated", 2): 3.7, ("exo", 1): 3.6, ("exo", 2): 3.6, ("exo", 3): 1.0},
-        0.02: {("gated", 1): 3.9, ("gated", 2): 3.9, ("exo", 1): 3.0, ("exo", 2): 3.2},
-    }  # fmt: skip
+        0.01: {
+            **{("gated", 1): 3.7, ("gated", 2): 3.7},
+            **{("exo", 1): 3.6, ("exo", 2): 3.6, ("exo", 3): 1.0},
+        },
+        0.02: {
+            **{("gated", 1): 3.9, ("gated", 2): 3.9},
+            **{("exo", 1): 3.0, ("exo", 2): 3.2},
+        },
+    }
     folders = [
         path
         for rate, some in ends.items()
@@ -753,7 +761,7 @@ def test_the_readme_holds_the_effect_of_each_idea_and_the_six_variants_losses():
 ])  # fmt: skip
 def test_committed_numbers_equal_a_second_computation(kinds, baseline, heading, count):
     """
-    From the JSON by json and statistics alone; the spread by taking row and seed means away in turn.
+    From the JSON by json and statistics alone; the spread by taking row and seed means away.
     """
     losses = losses_in(*kinds)
     rows = {frozenset(row["variant"].split()): row for row in committed(*kinds)[1]}
