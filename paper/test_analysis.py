@@ -27,7 +27,7 @@ import perplexity
 import table2
 import usage
 from model import TABLE_3, ExoFormer, Positions, load_checkpoint, variant_config
-from prepare_fineweb import UserError
+from prepare_fineweb import UserError, write_shard
 from train import save_checkpoint
 
 TESTDATA = pathlib.Path(__file__).parent / "testdata"
@@ -183,12 +183,12 @@ def test_similarity_and_pca_match_loops(variant, monkeypatch):
 def test_maps_show_the_first_row_in_three_layers(monkeypatch):
     """Cosines of tokens spread evenly over the row, in the embedding, the middle, the end."""
     monkeypatch.setattr(analysis, "MAP_SIDE", 4)
-    model = tiny("exo", n_layer=4)
+    model = tiny("exo")
     rows = windows()
     result = analysis.analyse(model, rows)["token_maps"]
     states, _ = recorded(model, rows[:, :-1], monkeypatch)
     assert result["positions"] == [0, 4, 7, 11]
-    assert result["layers"] == [0, 2, 4]
+    assert result["layers"] == [0, 2, 3]
     for layer, found in zip(result["layers"], result["maps"]):
         few = states[layer][0][[0, 4, 7, 11]].tolist()
         np.testing.assert_allclose(found, [[cosine(u, v) for v in few] for u in few], atol=1e-6)
@@ -574,6 +574,7 @@ def folder(tmp_path_factory, write_data, tokens):
     """Shards in data/, and a run folder with the checkpoints of steps 3 and 7 for each variant."""
     root = tmp_path_factory.mktemp("analysis")
     write_data(root / "data", tokens)
+    write_shard(str(root / "data" / "text_train_000000.bin"), tokens[::-1])  # unlike validation's
     for variant in ("base", "nuresformer", "exo_dynamic"):
         (root / variant).mkdir()
         for step, scale in ((3, 1.5), (7, 1.0)):
