@@ -1,9 +1,9 @@
 """
 Table 2, the numbers of Section 4.4 and of the appendix, for checkpoints of ours or released ones.
 
-    python paper/table2.py --ckpt=A --ckpt=B --data=DIR               A, B: checkpoint files
-    python paper/table2.py --ckpt=... --data=DIR --ablate_anchor      the anchor removed
-    python paper/figures.py out/analysis/*.json                       the pictures
+    python paper/table2.py --ckpt=out/paper-base --ckpt=out/paper-exo --data=DIR
+    python paper/table2.py --ckpt=out/paper-exo --data=DIR --ablate_anchor      the anchor removed
+    python paper/figures.py out/analysis/*.json                                 the pictures
 
 Writes one JSON for each checkpoint, which holds every quantity layer by layer (paper/analysis.py
 says how they are defined), and prints the numbers that the paper states beside the paper's.
@@ -30,7 +30,7 @@ from analysis import (
     stage_3,
     validation_windows,
 )
-from model import InputError, choose_device, load_checkpoint
+from model import InputError, choose_device, load_checkpoint, newest_checkpoint
 from prepare_fineweb import UserError, atomic_write, command_line
 
 ROWS = 4  # validation rows that are analysed: as many as in the paper's released analysis
@@ -305,7 +305,7 @@ def parse_args():
         action="append",
         required=True,
         metavar="PATH",
-        help="checkpoint, ours or a released one; repeat for more",
+        help="checkpoint, ours or a released one, or a run folder: its newest; repeat for more",
     )
     parser.add_argument(
         "--data",
@@ -348,6 +348,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    args.ckpt = [newest_checkpoint(path) if os.path.isdir(path) else path for path in args.ckpt]
     labels = [label_of(path, args.ablate_anchor) for path in args.ckpt]
     if len(set(labels)) < len(labels):
         raise UserError(

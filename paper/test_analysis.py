@@ -405,8 +405,8 @@ def test_lambdas_are_those_of_the_layers_that_mix(granularity, shape):
 def test_ratio_and_near_zero_by_hand():
     """lambda1 / lambda2 channel by channel; 0.001 itself is not near zero, minus 0.0009 is."""
     table = dict(
-        anchor=[[[1.0, 0.0009]], [[-0.0009, 6.0]]],
-        current=[[[2.0, 0.0018]], [[0.0003, -2.0]]],
+        anchor=[[[1.0, 0.0009]], [[-0.0009, -6.0]]],
+        current=[[[2.0, 0.0018]], [[0.0003, 2.0]]],
     )
     np.testing.assert_allclose(analysis.ratio(table), [[[0.5, 0.5]], [[-3.0, -3.0]]])
     assert analysis.near_zero([table]) == 0.5
@@ -634,10 +634,13 @@ def table_2(folder, call):
 
 
 def test_table_2_writes_and_prints(folder, table_2, tokens, capsys):
-    """One JSON a checkpoint, equal to analyse() of the first windows; four without a number."""
+    """One JSON a checkpoint, equal to analyse() of the first windows; four without a number.
+
+    Of a run folder the newest checkpoint is taken.
+    """
     paths = [folder / variant / "ckpt_000007.pt" for variant in ("base", "exo_dynamic")]
-    for flags, rows in ((["--rows=3"], 3), ([], 4)):
-        table_2(*(f"--ckpt={path}" for path in paths), *flags)
+    for given, flags, rows in ((paths, ["--rows=3"], 3), ([path.parent for path in paths], [], 4)):
+        table_2(*(f"--ckpt={path}" for path in given), *flags)
         printed = capsys.readouterr().out
         record = json.loads((folder / "out" / "exo_dynamic_ckpt_000007.json").read_text())
         expected = analysis.analyse(load_checkpoint(paths[1]), first_windows(tokens, rows))
