@@ -269,6 +269,9 @@ def draw_logs(records, path):
         row[0].set_ylabel(f"{record['run']}\nloss (nats)")
         row[1].set_ylabel("gradient norm")
         row[1].set_yscale("log")
+        row[1].yaxis.set_major_locator(pyplot().LogLocator(subs=(1, 2, 5)))
+        row[1].yaxis.set_major_formatter("{x:g}")
+        row[1].minorticks_off()
     return page.finish(path)
 
 
