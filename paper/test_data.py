@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import os
@@ -1366,6 +1367,23 @@ def test_published_sizes_are_the_paper_s():
     assert pf.published(0) == {FIRST: 200_001_024}
     assert pf.published(98) == dict(list(sizes.items())[:-1])
     assert list(pf.published(2)) == PAPER_FILES
+
+
+ADDRESSES = {
+    "": "https://huggingface.co",
+    " ": "https://huggingface.co",
+    " http://mirror:8000/ \n": "http://mirror:8000",
+    "https://mirror/hub//": "https://mirror/hub",
+}
+
+
+@pytest.mark.parametrize("setting", ADDRESSES)
+def test_address_of_the_hub_is_what_hf_endpoint_says(monkeypatch, setting):
+    monkeypatch.setenv("HF_ENDPOINT", setting)
+    spec = importlib.util.spec_from_file_location("prepare_again", pf.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.HUB == ADDRESSES[setting]
 
 
 SECRET = "hf_thisIsASecret123"
