@@ -506,6 +506,7 @@ def test_streams_are_bfloat16_beside_float32_lambdas(way):
     seen = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda m, _, out, name=name: seen.update({name: out}))
+    model.anchor.register_forward_pre_hook(lambda m, args: seen.update(embedded=args[0]))
     if way == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             model(tokens(2, 8))
@@ -516,7 +517,7 @@ def test_streams_are_bfloat16_beside_float32_lambdas(way):
         model(tokens(2, 8))
     within = ["attn.mix.q", "attn.mix.g", "attn.q_norm", "attn.gate", "attn", "mlp"]
     inner = [f"layers.1.{name}" for name in within]
-    for name in ["layers.0", "layers.2", "anchor.norms.v", "final_norm", *inner]:
+    for name in ["embedded", "anchor.norms.v", "layers.0", "layers.2", "final_norm", *inner]:
         assert seen[name].dtype == torch.bfloat16, name
     assert seen[""].dtype == torch.bfloat16  # the logits
 
