@@ -188,7 +188,8 @@ def turned(x, theta, first=0):
     return torch.cat((pairs.real, pairs.imag), -1)
 
 
-DOCS = (tokens(2, 24) < 14).cumsum(1)  # two rows that are cut at different places
+# two rows that are cut at different places; later documents have larger or smaller numbers
+DOCS = (tokens(2, 24) < 14).cumsum(1) * 5 % 7
 
 MODELS = [(variant, {}) for variant in VARIANTS] + [  # and combinations that Table 3 does not have
     ("gated", dict(norm_position="after")),
@@ -628,6 +629,29 @@ every_mask = pytest.mark.parametrize(
     "docs, window, bias",
     [(None, 70, None), (LONG_DOCS, 0, None), (LONG_DOCS, 70, alibi), (None, 0, alibi)],
 )
+
+
+@pytest.mark.parametrize(
+    "compiling, device, cached, sparse",
+    [
+        (True, "cuda", False, True),
+        (False, "cuda", False, False),
+        (True, "cpu", False, False),
+        (True, "cuda", True, False),
+    ],
+)
+def test_flex_attention_is_for_compiled_training_alone(
+    compiling, device, cached, sparse, monkeypatch
+):
+    """Eager it is slow, CPUs have no gradient of it, and a cache has fewer queries than keys."""
+    config = ModelConfig(**TINY, window=4)
+    cache = KVCache(config, 2, 24)
+    cache.grow(24)
+    positions = M.Positions(config, 24, CPU, cache=cache if cached else None)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(M.Positions, "flex_kernel", lambda *args: "sparse")
+    kernel = positions.choose_kernel(24, types.SimpleNamespace(type=device))
+    assert (kernel == "sparse") == sparse
 
 
 def attend_sparsely_and_densely(docs, window, bias):
