@@ -75,9 +75,9 @@ def setting(default, help, choices=None, low=-LARGEST, high=LARGEST, **facts):
     return field(default=default, metadata=metadata)
 
 
-def size(default, help, low=1):
+def size(default, help, low=1, **facts):
     """A setting that is a width, a length or a number of layers."""
-    return setting(default, help, low=low, high=LARGEST_SIZE)
+    return setting(default, help, low=low, high=LARGEST_SIZE, **facts)
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ class ModelConfig:
     n_head: int = size(16, "attention heads")
     n_embd: int = size(1024, "width C of the residual stream")
     ffn_dim: int = size(0, "rows of the fused SwiGLU input, twice its inner width; 0: 4 C", low=0)
-    vocab_size: int = size(57601, "token ids the model knows; why 57,601: see the README")
-    block_size: int = size(2048, "longest context in tokens")
+    vocab_size: int = size(57601, "token ids the model knows; why 57,601: see the README",
+                           measures=True)
+    block_size: int = size(2048, "longest context in tokens", measures=True)
     gate: bool = setting(True, "gate the attention output with sigmoid(G) (Eq. 4-6)")
     anchor: str = setting("exogenous", "where anchors come from (Eq. 8, 9)",
                           choices=("none", "internal", "exogenous"))
@@ -107,7 +108,7 @@ class ModelConfig:
                                  choices=("pre", "after", "both"))
     window: int = size(0, "tokens that a token sees, itself included; 0: all before it", low=0)
     rope_theta: float = setting(500_000.0, "base of the rotary angles", low=1)
-    tokenizer: str = setting("gpt2", "what the token ids mean; the data decide it")
+    tokenizer: str = setting("gpt2", "what the token ids mean; the data decide it", measures=True)
 
     def __post_init__(self):
         check_ranges(self)

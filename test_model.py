@@ -2000,15 +2000,16 @@ def test_optimizers_partition_the_parameters_and_only_matrices_decay(variant, op
 
 
 @pytest.mark.parametrize("device, expected", [
-    ("cpu", dict(dtype="float32", muon_dtype="float32", compile="false", deterministic="true")),
-    ("mps", dict(dtype="float32", muon_dtype="bfloat16", compile="false", deterministic="false")),
-    ("cuda", dict(dtype="bfloat16", muon_dtype="bfloat16", compile="true", deterministic="false"))])
+    ("cpu", dict(dtype="float32", muon_dtype="float32", compile=False, deterministic=True)),
+    ("mps", dict(dtype="float32", muon_dtype="bfloat16", compile=False, deterministic=False)),
+    ("cuda", dict(dtype="bfloat16", muon_dtype="bfloat16", compile=True, deterministic=False))])
 def test_auto_is_decided_by_the_device_and_what_is_given_stays(device, expected, monkeypatch):
     monkeypatch.setattr(T, "choose_device", lambda name: device)
     monkeypatch.setattr(T, "check_compiler", lambda device: None)
     decided = vars(T.resolve({})[1])
     assert {name: decided[name] for name in expected} == expected
-    assert T.resolve(dict(muon_dtype="float32", compile="false"))[1].muon_dtype == "float32"
+    given = dict(muon_dtype="float32", compile=False)
+    assert given.items() <= vars(T.resolve(given)[1]).items()
 
 
 def test_pure_bfloat16_casts_matrices_and_embedding_alone():
@@ -2018,7 +2019,7 @@ def test_pure_bfloat16_casts_matrices_and_embedding_alone():
         assert p.dtype == (torch.bfloat16 if p.dim() == 2 and "lambda" not in name else torch.float32), name
 
 
-@pytest.mark.parametrize("clip", [0.5, 1e9])
+@pytest.mark.parametrize("clip", [0.5, 1e9, 0])
 def test_a_step_follows_the_clipped_gradient_of_the_mean_loss(clip, data, tmp_path):
     """Two passes of two sequences, against one float64 pass of all four: cross-entropy, z, norm, and how far plain
     gradient descent in the optimizers' place moves each weight."""
@@ -2027,6 +2028,7 @@ def test_a_step_follows_the_clipped_gradient_of_the_mean_loss(clip, data, tmp_pa
     for p in trainer.model.parameters():
         p.data += 0.05 * torch.randn_like(p)                                # at init most gradients are zero
     trainer.optimizers = [torch.optim.SGD(trainer.model.parameters(), lr=1.0)]
+    trainer.optimizers[0].param_groups[0]["peak_lr"] = 0.003
     exact, windows = copy.deepcopy(trainer.model).double(), trainer.train.shuffled(1337, 0, 4).astype(np.int64)
     idx, targets = torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
     logits = exact(idx, (idx == 256).cumsum(1))
@@ -2034,12 +2036,84 @@ def test_a_step_follows_the_clipped_gradient_of_the_mean_loss(clip, data, tmp_pa
     z = logits.exp().sum(-1).log().square().mean()
     (cross_entropy + 0.01 * z).backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in exact.parameters()))
-    assert (norm > clip) == (clip == 0.5)
+    assert (norm > clip) == (clip < 1)
+    shrunk = min(1, clip / norm) if clip else 1
     record, step = trainer.update(trainer.read_step()), 0.003 / 2           # the first of two warm-up steps
     assert record == pytest.approx(dict(step=1, loss=cross_entropy.item(), z=z.item(), grad_norm=norm, lr=step,
                                         tokens=128), rel=1e-4)
     for (name, p), q in zip(trainer.model.named_parameters(), exact.parameters()):
-        torch.testing.assert_close(p.double(), q - step * min(1, clip / norm) * q.grad, atol=2e-7, rtol=0, msg=name)
+        torch.testing.assert_close(p.double(), q - step * shrunk * q.grad, atol=2e-7, rtol=0, msg=name)
+
+
+@every_variant
+def test_matrices_of_unequal_height_in_one_weight_are_refused_by_name(variant):
+    """Half of the rows of 16 and 8 would not be the first matrix."""
+    model = ExoFormer(variant_config(variant, **TINY))
+    model.layers[1].mlp.up.heights = (16, 8)
+    with pytest.raises(UserError, match="^--optimizer=muon: layers.1.mlp.up stacks .*16, 8"):
+        T.build_optimizers(model, T.TrainConfig(device="cpu"))
+    for flags in (dict(optimizer="adamw"), dict(muon_fused=True)):
+        assert T.build_optimizers(model, T.TrainConfig(device="cpu", **flags))
+
+
+def test_each_group_runs_at_a_share_of_its_own_peak_rate():
+    """Also one of an optimizer that is neither Muon nor AdamW, whose momentum is its own."""
+    weights = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
+    groups = [dict(params=weights[:1], peak_lr=0.3), dict(params=weights[1:2], peak_lr=0.02)]
+    others = torch.optim.SGD(groups, lr=7.0, momentum=0.5)
+    ours = muon.Muon([dict(params=weights[2:], peak_lr=0.01)])
+    config = T.TrainConfig(max_steps=100, warmup_steps=10, muon_momentum=0.9)
+    T.schedule([others, ours], 3, config)
+    assert [group["lr"] for group in others.param_groups] == pytest.approx([0.12, 0.008])
+    assert ours.param_groups[0]["lr"] == pytest.approx(0.004)
+    assert others.param_groups[0]["momentum"] == 0.5 and ours.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("optimizer, peaks", [("muon", {0.05, 0.07}), ("adamw", {0.07})])
+def test_muon_and_adamw_run_at_the_rates_given_for_each(optimizer, peaks):
+    config = T.TrainConfig(device="cpu", optimizer=optimizer, muon_lr=0.05, adamw_lr=0.07)
+    optimizers = T.build_optimizers(ExoFormer(variant_config("exo", **TINY)), config)
+    T.schedule(optimizers, config.max_steps // 2, config)
+    assert {group["lr"] for o in optimizers for group in o.param_groups} == peaks
+    for o in optimizers if optimizer == "muon" else []:
+        rate = 0.05 if isinstance(o, muon.Muon) else 0.07
+        assert all(group["lr"] == rate for group in o.param_groups)
+
+
+def test_dropout_acts_in_training_alone(data, tmp_path, monkeypatch):
+    """Neither in an evaluation, after which training goes on with it, nor in the sample."""
+    forward = M.SwiGLU.forward
+    monkeypatch.setattr(M.SwiGLU, "forward", lambda layer, x: F.dropout(forward(layer, x), 0.5, layer.training))
+    trainer = train_fully(tmp_path / "a", data)
+    batch = T.to_batch(trainer.train.shuffled(1, 0, 4), 256, trainer.config)
+
+    def loss():
+        return trainer.objective(*batch)[1].item()
+    losses = [T.evaluate(trainer, 0, Quiet())["val_loss"] for _ in range(2)]
+    assert losses[0] == losses[1] == log_of(tmp_path / "a")[-1]["val_loss"]
+    assert all(module.training for module in trainer.model.modules()) and loss() != loss()
+    assert T.sample_text(trainer) == T.sample_text(trainer) and loss() == loss()
+
+
+def test_a_batch_ramp_counts_the_tokens_that_were_read(data, tmp_path, monkeypatch, capsys):
+    """64 tokens in each of the first 3 steps, then 128: log, budget, order of the data and resuming."""
+    monkeypatch.setattr(T, "step_tokens", lambda step, config: 64 if step < 3 else 128)
+    read, window = [], T.Tokens.window
+
+    def noted(split, i):
+        if len(split) == 41:
+            read.append(i)
+        return window(split, i)
+    monkeypatch.setattr(T.Tokens, "window", noted)
+    whole = train_fully(tmp_path / "a", data)
+    tokens_of = [record["tokens"] for record in log_of(tmp_path / "a", "loss")]
+    assert tokens_of == [64, 128, 192, *range(320, 1345, 128)]
+    assert "12 steps" in capsys.readouterr().out and whole.tokens == 1344
+    order = [*T.permutation(1337, 0, 41), T.permutation(1337, 1, 41)[0]]
+    assert read[:42] == [int(i) for i in order]
+    train_fully(tmp_path / "b", data, stop_after=2)
+    assert same_state(whole, resume(tmp_path / "b")) == []
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
 
 
 def test_accumulation_computes_the_same_step(data, tmp_path):
@@ -2136,7 +2210,7 @@ def test_a_layer_that_draws_random_numbers_resumes_bitwise(data, tmp_path, monke
 @pytest.mark.parametrize("how", ["killed", "SIGTERM"])
 def test_a_run_that_ends_within_an_evaluation_loses_nothing(how, step, whole, data, tmp_path, monkeypatch):
     """The last evaluation may read the whole validation set; the log ends as if nothing had happened."""
-    batches, evaluate_batch, log = [], T.Trainer.evaluate_batch, log_of(pathlib.Path(whole.config.out_dir))
+    batches, evaluate_batch, log = [], T.evaluate_batch, log_of(pathlib.Path(whole.config.out_dir))
 
     def interrupted(trainer, windows):
         if trainer.step == step:
@@ -2146,7 +2220,7 @@ def test_a_run_that_ends_within_an_evaluation_loses_nothing(how, step, whole, da
                 raise KeyboardInterrupt
         return evaluate_batch(trainer, windows)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if how == "killed" else nullcontext():
-        patch.setattr(T.Trainer, "evaluate_batch", interrupted)
+        patch.setattr(T, "evaluate_batch", interrupted)
         assert train_fully(tmp_path / "a", data, "--save_every=0").stopped == "SIGTERM"
     assert newest_of(tmp_path / "a") == f"ckpt_{step:06d}.pt" and len(batches) == 1
     resumed = resume(tmp_path / "a")
@@ -2328,9 +2402,7 @@ def newest_of(folder):
     return max(os.path.basename(path) for path in folder.glob("ckpt_*.pt"))
 
 
-@pytest.mark.parametrize("fault", ["truncated", "flipped bit", "empty", "malicious", "of another program",
-                                   "missing tensor", "missing optimizer", "missing key", "missing state",
-                                   "missing moment"])
+@pytest.mark.parametrize("fault", ["truncated", "flipped bit", "empty"])
 def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, whole, tmp_path, capsys):
     folder = copied(whole, tmp_path / "a")
     harm(folder / "ckpt_000012.pt", fault, tmp_path / "witness")
@@ -2338,6 +2410,27 @@ def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, whole, tmp_path
     assert resumed.step == 12 and same_state(whole, resumed) == [] and not (tmp_path / "witness").exists()
     assert re.search("skipped: .*ckpt_000012.pt .+\\ncontinuing .*ckpt_000008.pt after step 8\\n", out)
     assert log_of(folder) == log_of(pathlib.Path(whole.config.out_dir))
+
+
+@pytest.mark.parametrize("fault", ["malicious", "of another program", "missing tensor", "missing optimizer", "missing key",
+                                   "missing state", "missing moment"])
+def test_a_sound_file_that_does_not_fit_is_named_and_no_older_one_continued(fault, whole, tmp_path):
+    folder = copied(whole, tmp_path / "a")
+    harm(folder / "ckpt_000012.pt", fault, tmp_path / "witness")
+    with pytest.raises((InputError, UserError), match="ckpt_000012.pt is not (a checkpoint|the whole state of)") as error:
+        resume(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_with_switches_as_text_is_resumed(whole, tmp_path):
+    """As format 1 had them at first, and a limit of minutes, which is gone."""
+    folder = copied(whole, tmp_path / "a")
+    path = folder / "ckpt_000012.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["train_config"].update(compile="false", deterministic="true", max_minutes=0.0)
+    torch.save(checkpoint, path)
+    resumed = resume(folder, "--max_steps=13")
+    assert (resumed.step, resumed.config.compile, resumed.config.deterministic) == (13, False, True)
 
 
 @pytest.mark.parametrize("fault, words", [("newer format", "has format 2, newer"), ("unknown setting", "n_lair"),

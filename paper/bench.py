@@ -83,7 +83,7 @@ def trainer_of(variant, args):
         sizes_of(args),
         device=args.device,
         dtype=args.dtype,
-        compile=args.compile,
+        compile={"auto": None, "true": True, "false": False}[args.compile],
         mask_documents=args.mask_documents,
         batch_size=args.batch_size,
         total_batch_size=args.batch_size * args.block_size,
@@ -143,7 +143,7 @@ def print_steps(args, trainers, seconds, product):
     """The table of `bench_step`; product: FLOP/s of the plain matrix product."""
     tokens = args.batch_size * args.block_size
     config = trainers["gated"].config
-    how = "compiled" if config.compile == "true" else "eager"
+    how = "compiled" if config.compile else "eager"
     print(
         f"{config.dtype}, {how}, {tokens} tokens a step; a product {tokens} x {args.n_embd} by "
         f"{args.n_embd} x {4 * args.n_embd} in this dtype: {product / 1e9:,.1f} GFLOP/s"

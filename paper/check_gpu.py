@@ -181,21 +181,21 @@ def check_step(device, data):
     def third_loss(where, compiled):
         trainer = make_trainer(where, data, n_layer=1, dtype="float32", muon_dtype="float32", compile=compiled)
         return torch.tensor(take_steps(trainer, 3)[-1]["loss"])
-    expected = third_loss("cpu", "false")
-    for compiled, name in (("false", "eager"), ("true", "compiled")):
+    expected = third_loss("cpu", False)
+    for compiled, name in ((False, "eager"), (True, "compiled")):
         yield f"loss of training step 3, {name}, from the CPU's", distance(third_loss(device, compiled), expected), 1e-4
 
 
 def check_resume(device, data):
     """Two steps, saved, and two more by another Trainer, against four in a row; compiled on CUDA as by default."""
     path = os.path.join(data, "check_gpu.pt")
-    for deterministic, limit in (("true", 0.0), ("false", None)):
+    for deterministic, limit in ((True, 0.0), (False, None)):
         make = functools.partial(make_trainer, device, data, n_layer=2, deterministic=deterministic)
         whole, first = make(), make()
         take_steps(whole, 4), take_steps(first, 2)
-        T.save_checkpoint(path, first.state())
+        T.save_checkpoint(path, T.state_of(first))
         second = make()
-        second.load_state(read_checkpoint(path))
+        T.load_state(second, read_checkpoint(path), path)
         take_steps(second, 2)
         yield (f"weights of a resumed run, deterministic={deterministic}, from an undisturbed one's",
                distance(dict(second.model.named_parameters()), dict(whole.model.named_parameters())), limit)
@@ -203,10 +203,10 @@ def check_resume(device, data):
 
 def check_evaluation(device, data):
     """Step, evaluation, step: all run the graph that the first step has compiled."""
-    trainer = make_trainer(device, data, n_layer=1, compile="true")
+    trainer = make_trainer(device, data, n_layer=1, compile=True)
     torch._dynamo.utils.counters.clear()
     take_steps(trainer, 1)
-    trainer.evaluate_batch(trainer.read_step()[0][:3])
+    T.evaluate_batch(trainer, trainer.read_step()[0][:3])
     take_steps(trainer, 1)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     yield "graphs compiled for a step, an evaluation and a step", graphs, 1

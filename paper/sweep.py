@@ -94,7 +94,7 @@ SETTINGS = {  # (seeds, train.py flags on top of --preset=smoke)
             log_every=50,
             sample_tokens=0,
             dtype="float32",
-            compile="true",
+            compile=True,
         ),
     ),
 }
