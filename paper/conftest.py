@@ -36,7 +36,7 @@ def call(monkeypatch):
 
 @pytest.fixture(scope="session")
 def write_data():
-    """write_data(folder, tokens): the folder as one of shards of the tokenizer "bytes", the same for both splits."""
+    """write_data(folder, tokens): shards of the tokenizer "bytes", the same for both splits."""
 
     def write_data(folder, tokens):
         os.makedirs(folder, exist_ok=True)

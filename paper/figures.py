@@ -537,8 +537,7 @@ def draw(records, folder):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Pictures of what table2.py measured.",
-        allow_abbrev=False,
+        description="Pictures of what table2.py measured.", allow_abbrev=False
     )
     parser.add_argument("records", nargs="+", metavar="JSON", help="files that table2.py wrote")
     parser.add_argument(

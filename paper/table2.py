@@ -297,8 +297,7 @@ def measure(args):
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description="Table 2, and all that the figures need.",
-        allow_abbrev=False,
+        description="Table 2, and all that the figures need.", allow_abbrev=False
     )
     parser.add_argument(
         "--ckpt",
@@ -308,16 +307,10 @@ def parse_args():
         help="checkpoint, ours or a released one, or a run folder: its newest; repeat for more",
     )
     parser.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder of token shards, for its validation split",
+        "--data", required=True, metavar="DIR", help="folder of token shards (validation split)"
     )
     parser.add_argument(
-        "--rows",
-        type=int,
-        default=ROWS,
-        help=f"validation rows (default: the paper's {ROWS})",
+        "--rows", type=int, default=ROWS, help=f"validation rows (default: the paper's {ROWS})"
     )
     parser.add_argument(
         "--block_size",
@@ -338,10 +331,7 @@ def parse_args():
         help="where to compute (default: cuda if there is a GPU)",
     )
     parser.add_argument(
-        "--out",
-        default="out/analysis",
-        metavar="DIR",
-        help="folder for the JSON files (default: out/analysis)",
+        "--out", default="out/analysis", metavar="DIR", help="JSON files (default: out/analysis)"
     )
     return parser.parse_args()
 

@@ -318,16 +318,10 @@ def parse_args():
         help="norm of the gradient and spikes of the loss, from log.jsonl, instead of the layers",
     )
     parser.add_argument(
-        "--data",
-        default="",
-        metavar="DIR",
-        help="folder of token shards (default: the run's own)",
+        "--data", default="", metavar="DIR", help="folder of token shards (default: the run's own)"
     )
     parser.add_argument(
-        "--rows",
-        type=int,
-        default=ROWS,
-        help=f"validation rows (default: {ROWS}, as table2.py)",
+        "--rows", type=int, default=ROWS, help=f"validation rows (default: {ROWS}, as table2.py)"
     )
     parser.add_argument(
         "--device",
@@ -337,9 +331,7 @@ def parse_args():
     )
     parser.add_argument("--png", default="", help="write the picture to this file")
     parser.add_argument(
-        "--out",
-        default="",
-        help="write what was measured to this file, a line a run",
+        "--out", default="", help="write what was measured to this file, a line a run"
     )
     return parser.parse_args()
 
