@@ -1156,6 +1156,16 @@ def test_every_picture_is_drawn_and_labelled(records, drawn_pages, tmp_path):
     for page in pages.values():
         for axes in page.axes:
             assert not axes.axison or (axes.get_xlabel() and axes.get_ylabel())
+    sink, _, similarity, _ = pages["by_layer"].axes
+    assert list(sink.lines[0].get_xdata()) == [1, 2, 3]
+    assert list(similarity.lines[0].get_xdata()) == [0, 1, 2, 3]
+    assert list(similarity.lines[1].get_ydata()) == records[1]["by_layer"]["token_similarity"]
+    assert [axes.get_xlabel() for axes in (sink, similarity)] == ["layer", "layer (0: embedding)"]
+    cosines = pages["similarity_odd"].axes
+    lowest = min(axes.images[0].get_array().min() for axes in cosines)
+    assert lowest < 0
+    assert {axes.images[0].get_clim() for axes in cosines} == {(lowest, 1)}
+    assert cosines[2].images[0].get_array().tolist() == records[0]["token_maps"]["maps"][2]
     counted = ["by_layer", "layers", "gates", "lambda_ratio", "anchor_use", "gamma_cut"]
     for axes in [axes for name in counted for axes in pages[name].axes]:  # layers are whole
         assert all(place.is_integer() for place in ticks(axes.xaxis)[0])
