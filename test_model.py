@@ -740,12 +740,10 @@ def test_a_repeated_cache_continues_each_row_several_times():
 
 @torch.no_grad()
 def test_a_cache_of_another_dtype_gives_keys_and_values_of_the_model_s():
-    model = tiny()
-    idx = tokens(2, 9)
-    with torch.autocast("cpu", torch.bfloat16):
-        cached = model(idx, cache=KVCache(model.config, 2, 9))
-        narrow = KVCache(model.config, 2, 9, CPU, torch.bfloat16)
-        assert torch.equal(cached, model(idx, cache=narrow))
+    model = tiny().bfloat16()
+    caches = [KVCache(model.config, 2, 9), KVCache(model.config, 2, 9, CPU, torch.bfloat16)]
+    first, second = (model(tokens(2, 9), cache=cache) for cache in caches)
+    assert first.dtype == torch.bfloat16 and torch.equal(first, second)
 
 
 def test_what_attention_cannot_do_is_refused():
@@ -2314,7 +2312,7 @@ HARM_TO_CONTENT = {
 }
 
 
-def harm(path, fault, witness):
+def harm(path, fault, witness=None):
     """Do to a checkpoint what `fault` says; what is "malicious" would write the file `witness`."""
     content = path.read_bytes()
     if fault == "missing":
@@ -2402,24 +2400,37 @@ def newest_of(folder):
     return max(os.path.basename(path) for path in folder.glob("ckpt_*.pt"))
 
 
-@pytest.mark.parametrize("fault", ["truncated", "flipped bit", "empty"])
+@pytest.mark.parametrize("fault", HARM_TO_BYTES)
 def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, whole, tmp_path, capsys):
     folder = copied(whole, tmp_path / "a")
-    harm(folder / "ckpt_000012.pt", fault, tmp_path / "witness")
-    resumed, out = resume(folder), capsys.readouterr().out
-    assert resumed.step == 12 and same_state(whole, resumed) == [] and not (tmp_path / "witness").exists()
-    assert re.search("skipped: .*ckpt_000012.pt .+\\ncontinuing .*ckpt_000008.pt after step 8\\n", out)
+    harm(folder / "ckpt_000012.pt", fault)
+    resumed = resume(folder)
+    assert resumed.step == 12 and same_state(whole, resumed) == []
+    said = "skipped: .*ckpt_000012.pt .+\\ncontinuing .*ckpt_000008.pt after step 8\\n"
+    assert re.search(said, capsys.readouterr().out)
     assert log_of(folder) == log_of(pathlib.Path(whole.config.out_dir))
 
 
-@pytest.mark.parametrize("fault", ["malicious", "of another program", "missing tensor", "missing optimizer", "missing key",
-                                   "missing state", "missing moment"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "malicious",
+        "of another program",
+        "missing tensor",
+        "missing optimizer",
+        "missing key",
+        "missing state",
+        "missing moment",
+    ],
+)
 def test_a_sound_file_that_does_not_fit_is_named_and_no_older_one_continued(fault, whole, tmp_path):
     folder = copied(whole, tmp_path / "a")
-    harm(folder / "ckpt_000012.pt", fault, tmp_path / "witness")
-    with pytest.raises((InputError, UserError), match="ckpt_000012.pt is not (a checkpoint|the whole state of)") as error:
+    witness = tmp_path / "witness"
+    harm(folder / "ckpt_000012.pt", fault, witness)
+    words = "ckpt_000012.pt is not (a checkpoint|the whole state of)"
+    with pytest.raises((InputError, UserError), match=words) as error:
         resume(folder)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not witness.exists()
 
 
 def test_a_checkpoint_with_switches_as_text_is_resumed(whole, tmp_path):
@@ -2430,14 +2441,21 @@ def test_a_checkpoint_with_switches_as_text_is_resumed(whole, tmp_path):
     checkpoint["train_config"].update(compile="false", deterministic="true", max_minutes=0.0)
     torch.save(checkpoint, path)
     resumed = resume(folder, "--max_steps=13")
-    assert (resumed.step, resumed.config.compile, resumed.config.deterministic) == (13, False, True)
+    assert resumed.step == 13
+    assert resumed.config.compile is False and resumed.config.deterministic is True
 
 
-@pytest.mark.parametrize("fault, words", [("newer format", "has format 2, newer"), ("unknown setting", "n_lair"),
-                                          ("unknown flag", "color")])
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("newer format", "has format 2, newer"),
+        ("unknown setting", "n_lair"),
+        ("unknown flag", "color"),
+    ],
+)
 def test_resume_refuses_the_checkpoint_of_a_later_version(fault, words, whole, tmp_path):
     folder = copied(whole, tmp_path / "a")
-    harm(folder / "ckpt_000012.pt", fault, None)
+    harm(folder / "ckpt_000012.pt", fault)
     with pytest.raises((InputError, UserError), match=f"{words}.*update the code"):
         resume(folder)
 
@@ -2445,16 +2463,27 @@ def test_resume_refuses_the_checkpoint_of_a_later_version(fault, words, whole, t
 def test_resume_without_a_whole_checkpoint_says_so(whole, tmp_path):
     folder = copied(whole, tmp_path / "a")
     for path in folder.glob("ckpt_*.pt"):
-        harm(path, "truncated", None)
+        harm(path, "truncated")
     with pytest.raises((InputError, UserError), match="no whole checkpoint"):
         resume(folder)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda folder: (folder / "t_train_000001.bin").unlink(), "its train shards are not those.*2, 1,320 tokens"),
-    (lambda folder: pf.write_shard(folder / "t_val_000000.bin", np.full(170, 97)), "its val shards are not those")])
+def remove_a_shard(folder):
+    (folder / "t_train_000001.bin").unlink()
+
+
+def change_tokens_of_a_shard(folder):
+    pf.write_shard(folder / "t_val_000000.bin", np.full(170, 97))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (remove_a_shard, "its train shards are not those.*2, 1,320 tokens"),
+        (change_tokens_of_a_shard, "its val shards are not those"),
+    ],
+)
 def test_data_that_changed_since_are_refused(change, words, whole, data, tmp_path):
-    """A shard is gone; a shard of equal length has other tokens."""
     change(shutil.copytree(data, tmp_path / "data"))
     with pytest.raises((InputError, UserError), match=words):
         resume(copied(whole, tmp_path / "a"), f"--data={tmp_path / 'data'}")
