@@ -45,7 +45,6 @@ def in_turn(actions, rounds, device):
     progress = Progress("measuring", (rounds + 1) * len(actions), "runs")
     for i in range(rounds + 1):
         for j, (name, action) in enumerate(actions.items()):
-            wait()
             began = time.perf_counter()
             action()
             wait()
