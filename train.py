@@ -584,16 +584,25 @@ def resolve(settings):
     device = choose_device(config.device)
     if device == "mps" and WORLD_SIZE > 1:
         raise UserError("--device=mps works with one process; start train.py without torchrun")
+    dtype = "bfloat16" if has_bfloat16(device) else "float32"
     decided = dict(
-        dtype="bfloat16" if device == "cuda" else "float32",
-        muon_dtype="float32" if device == "cpu" else "bfloat16",
+        dtype=dtype,
+        muon_dtype=dtype,
         compile=device == "cuda",
         deterministic=device == "cpu")
     decided = {k: v for k, v in decided.items() if vars(config)[k] in ("auto", None)}
     config = replace(config, device=device, **decided)
+    if device == "cuda" and not has_bfloat16(device):
+        print0(f"{torch.cuda.get_device_name()} has no bfloat16: dtype={config.dtype}, "
+               f"muon_dtype={config.muon_dtype}")
     if config.compile:
-        check_compiler(device)
+        check_compiler(device, config.dtype)
     return model_config, config
+
+
+def has_bfloat16(device):
+    """Whether the device computes in bfloat16 without emulating it (older GPUs do emulate it)."""
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def choose_data(preset):
@@ -614,8 +623,14 @@ def choose_data(preset):
     return DEFAULT_DATA
 
 
-def check_compiler(device):
-    """UserError where torch.compile finds no compiler: Triton needs C, a CPU C++."""
+def check_compiler(device, dtype):
+    """UserError where torch.compile would find no compiler, or not compile for the dtype."""
+    if device == "cuda" and dtype != "float32" and not has_bfloat16(device):
+        raise UserError(
+            f"--dtype={dtype}: torch.compile does not compile it for "
+            f"{torch.cuda.get_device_name()}, which has no bfloat16; drop the flag or add "
+            "--compile=false")
+    # Triton needs C, a CPU C++
     names = [os.environ.get("CXX", "g++"), "clang++"]
     needs = {}
     if device == "cuda":
