@@ -186,7 +186,10 @@ def to_batch(windows, eot, config):
 
     docs numbers the documents of a row, which start at `eot`; None without mask_documents.
     """
-    windows = torch.from_numpy(windows.astype(np.int64)).to(config.device)
+    windows = torch.from_numpy(windows.astype(np.int64))
+    if config.device == "cuda":  # from pinned memory: the copy does not wait for the GPU
+        windows = windows.pin_memory()
+    windows = windows.to(config.device, non_blocking=config.device == "cuda")
     idx = windows[:, :-1].contiguous()
     targets = windows[:, 1:].contiguous()
     docs = (idx == eot).cumsum(1) if config.mask_documents else None

@@ -70,3 +70,30 @@ def test_bfloat16_is_not_compiled_for_a_card_that_emulates_it(dtype, device):
     assert T.resolve(dict(dtype=dtype, compile=False))[1].dtype == dtype
     device("cuda", has_bfloat16=True)
     assert T.resolve(dict(dtype=dtype))[1].compile
+
+
+# ---------------------------------------------------------------------------------- 2 pinned memory
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps", "cpu"])
+def test_a_batch_for_cuda_is_copied_from_pinned_memory_without_waiting(name, monkeypatch):
+    pinned = []
+    copies = []
+
+    def pin_memory(tensor):
+        pinned.append(tensor.data_ptr())
+        return tensor
+
+    def to(tensor, device, non_blocking=False):
+        copies.append((tensor.data_ptr(), device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    windows = np.arange(6, dtype=np.uint16).reshape(2, 3)
+    config = types.SimpleNamespace(device=name, mask_documents=False)
+    idx, targets, docs = T.to_batch(windows, 256, config)
+    assert idx.tolist() == [[0, 1], [3, 4]]
+    assert targets.tolist() == [[1, 2], [4, 5]]
+    assert [copy[1:] for copy in copies] == [(name, name == "cuda")]
+    assert pinned == [copy[0] for copy in copies if name == "cuda"]
