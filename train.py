@@ -27,8 +27,10 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import typing
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -330,9 +332,12 @@ class Trainer:
             options = dict(realize_reads_threshold=3) if config.device == "cuda" else {}
             self.objective.compile(fullgraph=True, dynamic=False, options=options)
 
-    def count_passes(self):
-        """Forward passes of the next step. UserError where its tokens are no whole number."""
-        tokens = step_tokens(self.step, self.config)
+    def count_passes(self, step=None):
+        """Forward passes of a step, the next one by default.
+
+        UserError where its tokens are no whole number of them.
+        """
+        tokens = step_tokens(self.step if step is None else step, self.config)
         batch_size = self.config.batch_size
         block_size = self.model_config.block_size
         passes, rest = divmod(tokens, self.sequences * block_size)
@@ -343,14 +348,18 @@ class Trainer:
         return passes
 
     def read_step(self):
-        """This process's windows of the next step, (passes, B, T + 1).
+        """This process's windows of the next step, (passes, B, T + 1)."""
+        return self.read(self.step, self.tokens)
+
+    def read(self, step, tokens):
+        """This process's windows of `step`, before which `tokens` were read, (passes, B, T + 1).
 
         All processes together read what a single one would.
         """
         batch_size = self.config.batch_size
-        first = self.tokens // self.model_config.block_size + RANK * batch_size
+        first = tokens // self.model_config.block_size + RANK * batch_size
         passes = []
-        for i in range(self.count_passes()):
+        for i in range(self.count_passes(step)):
             start = first + i * self.sequences
             passes.append(self.train.shuffled(self.config.seed, start, batch_size))
         return np.stack(passes)
@@ -401,11 +410,14 @@ def run(trainer, folder, stop):
     config = trainer.config
     first = trainer.step
     began = time.monotonic()
+    reading = read_ahead(trainer, first, trainer.tokens)
     while True:
+        top = time.monotonic()
         step = trainer.step
         last = step >= config.max_steps
-        windows = None if last else stop.read(trainer.read_step)
+        windows = None if last else stop.read(reading.result)
         stopped = stop.agreed()
+        waited = time.monotonic() - top
 
         # before evaluating: the last evaluation may read 100M tokens; a kill must lose no step
         due = stopped or last or is_due(step, config.save_every)
@@ -427,11 +439,32 @@ def run(trainer, folder, stop):
         if last:
             return ""
 
-        step_began = time.monotonic()
+        update_began = time.monotonic()
+        reading = read_ahead(trainer, step + 1, trainer.tokens + step_tokens(step, config))
         record = trainer.update(windows)
-        record["ms"] = round(1000 * (time.monotonic() - step_began), 3)
+        record["ms"] = round(1000 * (waited + time.monotonic() - update_began), 3)
         seconds_a_step = (time.monotonic() - began) / (trainer.step - first)
         report_step(trainer, folder, record, seconds_a_step, is_first=step == first)
+
+
+def read_ahead(trainer, step, tokens):
+    """A Future of trainer.read(step, tokens), which a thread reads while the device computes.
+
+    Its result() raises what the thread raised. None where there is no such step. The thread does
+    not keep the process from ending.
+    """
+    if step >= trainer.config.max_steps:
+        return None
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(trainer.read(step, tokens))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def is_due(step, every):

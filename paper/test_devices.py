@@ -97,3 +97,99 @@ def test_a_batch_for_cuda_is_copied_from_pinned_memory_without_waiting(name, mon
     assert targets.tolist() == [[1, 2], [4, 5]]
     assert [copy[1:] for copy in copies] == [(name, name == "cuda")]
     assert pinned == [copy[0] for copy in copies if name == "cuda"]
+
+
+# ------------------------------------------------------------------------------- 3 reading ahead
+
+
+@pytest.fixture
+def trainer(data, tmp_path):
+    """(Trainer of SMALL's run, its folder)."""
+    trainer, folder = start(tmp_path / "run", data, "--max_steps=5", "--eval_every=2")
+    yield trainer, folder
+    close(folder)
+
+
+def test_the_next_step_is_read_in_a_thread_while_this_one_is_computed(trainer, monkeypatch):
+    trainer, folder = trainer
+    asked = {step: threading.Event() for step in range(7)}
+    threads = []
+    received = []
+    read = T.Trainer.read
+    update = T.Trainer.update
+
+    def watched_read(self, step, tokens):
+        asked[step].set()
+        threads.append(threading.current_thread())
+        return read(self, step, tokens)
+
+    def watched_update(self, windows):
+        last = self.step == 4
+        assert last or asked[self.step + 1].wait(20), f"step {self.step + 1} is not read"
+        received.append(windows)
+        return update(self, windows)
+
+    monkeypatch.setattr(T.Trainer, "read", watched_read)
+    monkeypatch.setattr(T.Trainer, "update", watched_update)
+    assert T.run(trainer, folder, Quiet()) == ""
+    assert [step for step in asked if asked[step].is_set()] == list(range(5))
+    assert all(thread.daemon for thread in threads)
+    assert threading.main_thread() not in threads
+    order = trainer.train.shuffled(trainer.config.seed, 0, 5 * 4)  # 4 windows a step
+    assert np.array_equal(np.concatenate(received).reshape(20, -1), order)
+
+
+def test_what_the_thread_raises_is_raised_in_the_loop(trainer, monkeypatch):
+    trainer, folder = trainer
+    read = T.Trainer.read
+
+    def broken(self, step, tokens):
+        if step == 3:
+            raise ZeroDivisionError("a bug")
+        return read(self, step, tokens)
+
+    monkeypatch.setattr(T.Trainer, "read", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        T.run(trainer, folder, Quiet())
+    assert trainer.step == 3
+
+
+def test_data_that_cannot_be_read_ahead_cost_no_step(trainer, monkeypatch):
+    trainer, folder = trainer
+    stop = Quiet()
+    read = T.Trainer.read
+
+    def unreadable(self, step, tokens):
+        if step == 3:
+            raise UserError("shard 7 is gone")
+        return read(self, step, tokens)
+
+    monkeypatch.setattr(T.Trainer, "read", unreadable)
+    assert T.run(trainer, folder, stop) == "shard 7 is gone"
+    assert trainer.step == trainer.saved == 3
+
+
+def test_the_milliseconds_of_a_step_are_all_but_evaluating_and_saving(trainer, monkeypatch):
+    """By hand: 5 s until the windows are there, 1 s to agree, 2 s to compute."""
+    trainer, folder = trainer
+    now = [0.0]
+
+    def taking(seconds, function):
+        def taken(*args, **given):
+            now[0] += seconds
+            return function(*args, **given)
+
+        return taken
+
+    class Slow(Quiet):
+        read = taking(5, Quiet.read)
+        agreed = taking(1, Quiet.agreed)
+
+    monkeypatch.setattr(T.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(T.Trainer, "update", taking(2, T.Trainer.update))
+    monkeypatch.setattr(T, "evaluate", taking(100, T.evaluate))
+    monkeypatch.setattr(T, "save", taking(50, T.save))
+    T.run(trainer, folder, Slow())
+    with open(folder.log_path, encoding="utf-8") as log:
+        records = [json.loads(line) for line in log]
+    assert [record["ms"] for record in records if "loss" in record] == [8000.0] * 5
