@@ -32,11 +32,13 @@ import time
 import typing
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 
 from model import (FORMAT, VARIANTS, DamagedCheckpoint, ExoFormer, InputError, Linear, ModelConfig,
                    check_format, check_ranges, choose_device, config_from, continue_text,
@@ -299,9 +301,22 @@ def build_muon(matrices, config):
         by_parts.setdefault(parts, []).append(module.weight)
     groups = [dict(params=params, parts=parts) for parts, params in by_parts.items()]
     dtype = torch.float32 if config.muon_dtype == "float32" else torch.bfloat16
+    polar = functools.partial(polar_express, dtype=dtype)
     return Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay,
-                beta2=config.muon_beta2 or None,
-                polar=functools.partial(polar_express, dtype=dtype))
+                beta2=config.muon_beta2 or None, polar=functools.partial(shared, polar))
+
+
+def shared(function, matrices):
+    """function(matrices), (N, rows, cols) -> the same, each process computing its share of N."""
+    if WORLD_SIZE == 1:
+        return function(matrices)
+    share = math.ceil(len(matrices) / WORLD_SIZE)
+    mine = matrices[RANK * share : (RANK + 1) * share]
+    mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))  # zeros, where N does not divide
+    mine = function(mine).contiguous()
+    whole = mine.new_empty(share * WORLD_SIZE, *mine.shape[1:])
+    dist.all_gather_into_tensor(whole, mine)
+    return whole[: len(matrices)]
 
 
 class Trainer:
@@ -999,8 +1014,10 @@ class Stop:
 
 def init_processes(device):
     """Join the group that torchrun started."""
+    # a process that hangs ends the others after this; a checkpoint has to be written faster
+    timeout = timedelta(minutes=10)
     if device != "cuda":
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
         return
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank >= torch.cuda.device_count():
@@ -1008,7 +1025,7 @@ def init_processes(device):
             f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}; lower "
             "torchrun's --nproc_per_node")
     torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl")
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):

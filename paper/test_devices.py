@@ -193,3 +193,118 @@ def test_the_milliseconds_of_a_step_are_all_but_evaluating_and_saving(trainer, m
     with open(folder.log_path, encoding="utf-8") as log:
         records = [json.loads(line) for line in log]
     assert [record["ms"] for record in records if "loss" in record] == [8000.0] * 5
+
+
+# ---------------------------------------------------------------------------- 4 several processes
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
+def test_each_process_orthogonalises_its_share(processes, n, monkeypatch):
+    matrices = torch.randn(n, 6, 4, generator=torch.Generator().manual_seed(n))
+    shares = []
+    numbers = []
+
+    def polar(share):
+        numbers.append(len(share))
+        return polar_express(share)
+
+    def gather(whole, share):
+        shares.append(share)
+        whole.copy_(torch.cat((shares * processes)[:processes]))
+
+    monkeypatch.setattr(T.dist, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(T, "WORLD_SIZE", processes)
+    for rank in range(processes):
+        monkeypatch.setattr(T, "RANK", rank)
+        found = T.shared(polar, matrices)  # the last process has seen all shares
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, polar_express(matrices))
+    assert numbers == [math.ceil(n / processes)] * processes
+
+
+CHECKED = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch
+import train as T
+
+shared = T.shared
+
+def checked(polar, matrices):
+    found = shared(polar, matrices)
+    assert torch.equal(found, polar(matrices)), matrices.shape
+    if T.RANK == 2:
+        print("equal", len(matrices), flush=True)
+    return found
+
+T.shared = checked
+sys.exit(T.main())
+"""
+
+
+@pytest.mark.slow
+def test_three_processes_orthogonalise_what_one_would_bit_for_bit(data, tmp_path):
+    """Batches of 2, 4, 8 and 12 matrices and more: not all of them can be divided by three."""
+    script = tmp_path / "checked.py"
+    script.write_text(CHECKED, encoding="utf-8")
+    flags = [f"--data={data}", f"--out_dir={tmp_path / 'run'}", *SMALL, "--batch_size=1"]
+    flags += ["--total_batch_size=96", "--max_steps=3", "--muon_dtype=bfloat16"]
+    out = torchrun(tmp_path, 1, 3, script, HERE, *flags)[0]
+    numbers = {int(line.split()[1]) for line in out.splitlines() if line.startswith("equal ")}
+    assert {n % 3 for n in numbers} == {0, 1, 2}, numbers
+    assert len(log_of(tmp_path / "run", "loss")) == 3
+
+
+def torchrun(folder, nodes, processes, *command):
+    """What torchrun prints on each of `nodes` agents of this machine, which meet at a file."""
+    meet = [
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint={folder / 'meeting'}",
+        "--rdzv_conf=store_type=file",
+        "--rdzv_id=test",
+        "--local_addr=localhost",
+    ]
+    start = [sys.executable, "-m", "torch.distributed.run", *meet]
+    start += [f"--nnodes={nodes}", f"--nproc_per_node={processes}", *map(str, command)]
+    agents = []
+    for _ in range(nodes):
+        output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        agents.append(subprocess.Popen(start, text=True, encoding="utf-8", **output))
+    try:
+        outputs = [agent.communicate(timeout=600)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0] * nodes, outputs
+    return outputs
+
+
+@pytest.mark.slow
+def test_two_nodes_of_one_process_equal_one_process_bit_for_bit(data, tmp_path):
+    """Halving is exact, so two processes are one with twice the accumulation, wherever they are."""
+    flags = ["--batch_size=1", "--total_batch_size=64", "--max_steps=4"]
+    one = train_fully(tmp_path / "one", data, *flags)
+    command = [HERE / "train.py", f"--data={data}", f"--out_dir={tmp_path / 'two'}"]
+    outputs = torchrun(tmp_path, 2, 1, *command, *SMALL, *flags)
+    assert sum("done: 4 steps" in out for out in outputs) == 1  # the first process alone reports
+    two = weights(tmp_path / "two", 4)
+    for name, p in one.model.state_dict().items():
+        assert torch.equal(p, two[name]), name
+
+
+@pytest.mark.parametrize("name, backend", [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
+def test_a_process_that_hangs_ends_the_others_after_ten_minutes(name, backend, monkeypatch):
+    joined = []
+    chosen = []
+
+    def init(backend, timeout):
+        joined.append((backend, timeout))
+
+    monkeypatch.setattr(T.dist, "init_process_group", init)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    T.init_processes(name)
+    assert joined == [(backend, timedelta(minutes=10))]
+    assert chosen == ([1] if name == "cuda" else [])
