@@ -1071,15 +1071,19 @@ def print0(line):
         say(line)
 
 
-PEAK_FLOPS = {  # dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+PEAK_FLOPS = {  # dense bfloat16 FLOP/s by the device's name, from NVIDIA's data sheets
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
 }
 
 
@@ -1088,8 +1092,7 @@ def peak_flops(device):
 
     A share of it is then 0.
     """
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.inf)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(), math.inf) if device == "cuda" else math.inf
 
 
 def announce(trainer):

@@ -308,3 +308,33 @@ def test_a_process_that_hangs_ends_the_others_after_ten_minutes(name, backend, m
     T.init_processes(name)
     assert joined == [(backend, timedelta(minutes=10))]
     assert chosen == ([1] if name == "cuda" else [])
+
+
+# ------------------------------------------------------------------------------------- 5 the peak
+
+
+@pytest.mark.parametrize(
+    "name, tera",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.inf),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", math.inf),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 D", math.inf),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", math.inf),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", math.inf),
+        ("Tesla T4", math.inf),
+    ],
+)
+def test_the_peak_is_that_of_the_card_and_of_no_other(name, tera, monkeypatch):
+    """Dense bfloat16 FLOP/s with float32 sums, from NVIDIA's data sheets."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert T.peak_flops("cuda") == tera * 1e12
+    assert T.peak_flops("cpu") == math.inf
