@@ -36,7 +36,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -59,19 +59,10 @@ from train import TrainConfig
 
 # ------------------------------------------------------------------------------------------ 1 runs
 
-NOT_THE_EXPERIMENT = set(
-    """seed out_dir resume device compile deterministic max_minutes batch_size save_every keep
-    log_every sample_tokens""".split()
-)
-WHAT_IS_MEASURED = [
-    "data",
-    "tokenizer",
-    "vocab_size",
-    "block_size",
-    "mask_documents",
-    "eval_tokens",
-    "final_eval_tokens",
-]
+SETTINGS = [*fields(TrainConfig), *fields(ModelConfig)]
+NOT_THE_EXPERIMENT = {f.name for f in SETTINGS if not f.metadata.get("experiment", True)}
+NOT_THE_EXPERIMENT.add("max_minutes")  # a setting of older code
+WHAT_IS_MEASURED = [f.name for f in SETTINGS if f.metadata.get("measures", False)]
 # also of settings that a run of older code did not have
 DEFAULTS = {**vars(TrainConfig()), **vars(ModelConfig())}
 
