@@ -1155,16 +1155,17 @@ def check_axes(c):
 
 def print_variants():
     """Table 3 as this file builds it: exact parameters beside the paper's, at the paper's size."""
-    print(f"{'--variant':28s}{'layers':>7s}{'parameters':>14s}{'M':>7s}{'paper M':>9s}"
-          f"{'GFLOP/token':>13s}{'paper ppl':>11s}")
+    lines = [f"{'--variant':28s}{'layers':>7s}{'parameters':>14s}{'M':>7s}{'paper M':>9s}"
+             f"{'GFLOP/token':>13s}{'paper ppl':>11s}"]
     for name in VARIANTS:
         with torch.device("meta"):
             model = ExoFormer(variant_config(name))
         n = count_parameters(model)
         flops = flops_per_token(model, model.config.block_size)
         millions, perplexity, _ = TABLE_3.get(name, ("-", "-", "-"))    # "-": a row of one's own
-        print(f"{name:28s}{model.config.n_layer:7d}{n:14,d}{n / 1e6:7.1f}{millions:>9}"
-              f"{flops / 1e9:13.3f}{perplexity:>11}")
+        lines.append(f"{name:28s}{model.config.n_layer:7d}{n:14,d}{n / 1e6:7.1f}{millions:>9}"
+                     f"{flops / 1e9:13.3f}{perplexity:>11}")
+    print("\n".join(lines))
 
 
 def number(kind, low, high):

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,12 +48,12 @@ from model import (FORMAT, VARIANTS, DamagedCheckpoint, ExoFormer, InputError, L
 from muon import Muon, polar_express
 from prepare_fineweb import (Progress, UserError, atomic_write, clock, command_line, find_shards,
                              fingerprint, get_tokenizer, locked, read_meta, read_window, say,
-                             shard_tokens, write_default_shards)
+                             shard_tokens, size_of, still_locked, write_default_shards)
 
 FINEWEB = "data/fineweb_edu10B"
 DEFAULT_DATA = "data/python_stdlib"
-RANK = int(os.environ.get("RANK", 0))  # number of this process; torchrun sets it
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # number of all processes
+RANK = int(os.environ.get("RANK") or 0)  # number of this process; torchrun sets it
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # number of all processes
 
 
 # ---- 1 settings ----------------------------------------------------------------------------------
@@ -392,7 +393,7 @@ class Trainer:
             raise Diverged(
                 f"step {self.step + 1}: loss {cross_entropy}, gradient norm {norm.item()}, "
                 f"learning rates {lr_multiplier(self.step, config):.3g} of their peaks; "
-                f"not finite first: {first_not_finite(self.model)}")
+                f"not finite first: {first_not_finite(self.model)}. Nothing was saved from it")
         if config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         for optimizer in self.optimizers:
@@ -437,7 +438,7 @@ def run(trainer, folder, stop):
         # before evaluating: the last evaluation may read 100M tokens; a kill must lose no step
         due = stopped or last or is_due(step, config.save_every)
         if due and trainer.saved < step:
-            save(trainer, folder, needed=stopped or last)
+            save(trainer, folder, needed=stopped or last or trainer.saved < 0)
         if stopped:
             return stopped
 
@@ -515,6 +516,10 @@ def evaluate(trainer, tokens, stop):
         return None
     total, count, n_bytes = all_reduce(sums).tolist()
     loss = total / count
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"the evaluation after step {trainer.step}: validation loss {loss}. A checkpoint of "
+            "that step holds these weights")
     trainer.evaluated = trainer.step
     trainer.best_val = min(trainer.best_val, loss)
     return dict(
@@ -773,11 +778,17 @@ class RunFolder:
         self.log_path = os.path.join(path, "log.jsonl")
         self.lock = locked(path)
         for name in os.listdir(path):
-            if re.fullmatch(r"ckpt_\d+\.pt\.part", name):  # of a run that was killed while it saved
-                os.remove(os.path.join(path, name))
+            part = os.path.join(path, name)
+            # of a run that was killed while it saved
+            if re.fullmatch(r"ckpt_\d+\.pt\.part", name) and os.path.isfile(part):
+                os.remove(part)
         if not resume and self.checkpoints():
             raise UserError(
                 f"{path}: holds a run already; add --resume to continue it, or choose another "
+                "--out_dir")
+        if not self.checkpoints() and size_of(self.log_path):
+            raise UserError(
+                f"{self.log_path}: a log without a checkpoint; move it away, or choose another "
                 "--out_dir")
 
     def checkpoints(self):
@@ -792,7 +803,9 @@ class RunFolder:
         What was logged after the checkpoint is cut off, and logged again.
         """
         self.log = open(self.log_path, "a", encoding="utf-8")
-        self.log.truncate(min(size, os.path.getsize(self.log_path)))
+        self.size = size
+        self.follow_log()
+        self.log.truncate(min(size, size_of(self.log_path)))
 
     @contextlib.contextmanager
     def survive(self, what):
@@ -807,11 +820,31 @@ class RunFolder:
     def write(self, record):
         """Append one object to log.jsonl; what a full disk refuses waits in the file's buffer."""
         with self.survive(self.log_path):
+            self.follow_log()
             self.log.write(json.dumps(record) + "\n")
             self.log.flush()
+            self.size = os.fstat(self.log.fileno()).st_size
+
+    def follow_log(self):
+        """Say so where log.jsonl was removed, replaced or cut; go on in the file of that name."""
+        held = os.fstat(self.log.fileno())
+        there = os.path.exists(self.log_path) and os.path.samestat(held, os.stat(self.log_path))
+        if there and held.st_size >= self.size:
+            return
+        print0(f"LOG {self.log_path} was removed, replaced or cut: earlier records are missing")
+        if not there:
+            self.log = open(self.log_path, "a", encoding="utf-8")
+        self.size = os.fstat(self.log.fileno()).st_size
 
     def save(self, checkpoint, keep):
-        """Write ckpt_{step}.pt and drop all but the newest `keep`. True if it is there."""
+        """Write ckpt_{step}.pt and drop all but the newest `keep`. True if it is there.
+
+        UserError where another folder has taken the name: the files in it are another run's.
+        """
+        if not still_locked(self.lock):
+            raise UserError(
+                f"{self.path}: the folder of this run was moved, removed or replaced while it ran; "
+                f"nothing is written there any more, its last checkpoint is in the old folder")
         path = os.path.join(self.path, f"ckpt_{checkpoint['step']:06d}.pt")
         saved = False
         with self.survive(path):
@@ -853,12 +886,12 @@ def save(trainer, folder, needed):
 
     UserError where it is `needed` and could not be written.
     """
-    if broadcast(RANK > 0 or folder.save(state_of(trainer), trainer.config.keep)):
+    if on_first(lambda: folder.save(state_of(trainer), trainer.config.keep)):
         trainer.saved = trainer.step
     elif needed:
         raise UserError(
-            f"{trainer.config.out_dir}: the run ended at step {trainer.step} without a "
-            "checkpoint of it")
+            f"{trainer.config.out_dir}: the run ends at step {trainer.step} without a checkpoint "
+            "of it")
 
 
 STATE = {  # what the checkpoint of a run holds, by type
@@ -1048,12 +1081,38 @@ def all_reduce_gradients(parameters):
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
 
 
-def broadcast(value):
-    """Send the first process's `value` to all processes, and return it; all wait for it."""
-    box = [value]
+def on_first(function):
+    """function() of the first process, for all processes; all wait for it.
+
+    An error in the input ends all: the first process says it, the others leave without a word.
+    """
+    value = None
+    problem = None
+    if RANK == 0:
+        try:
+            value = function()
+        except (InputError, UserError, OSError) as error:
+            problem = error
     if WORLD_SIZE > 1:
+        box = [value, problem is not None]
         dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
+        value = box[0]
+        if box[1] and RANK > 0:
+            sys.exit(1)
+    if problem:
+        raise problem
+    return value
+
+
+def check_processes():
+    """UserError where variables that torchrun sets together are set in part."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    known = [name for name in names if os.environ.get(name)]
+    lacking = [name for name in names if name not in known]
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(known) and lacking:
+        raise UserError(
+            f"{', '.join(known)} set in the environment, but not {', '.join(lacking)}: start "
+            "several processes with torchrun, or unset these for a single one")
 
 
 def use_deterministic_algorithms():
@@ -1140,13 +1199,13 @@ def report_memory(trainer):
 
 
 def report_step(trainer, folder, record, seconds_a_step, is_first):
-    """Log a step, and print it every log_every steps."""
+    """Log a step, and print the first, the last and every log_every-th."""
     config = trainer.config
     if RANK == 0:
         folder.write(record)
     if is_first:
         report_memory(trainer)
-    if trainer.step % config.log_every == 0 or trainer.step == config.max_steps:
+    if is_first or trainer.step % config.log_every == 0 or trainer.step == config.max_steps:
         left = seconds_a_step * (config.max_steps - trainer.step)
         print0(progress_line(trainer, record, left))
 
@@ -1161,16 +1220,16 @@ def report_evaluation(folder, record):
 
 
 def progress_line(trainer, record, seconds_left):
-    """One line for a person from the log record of a step."""
+    """One line of at most 100 columns from the log record of a step; z is in the log only."""
     config = trainer.config
     rate = step_tokens(record["step"] - 1, config) / (record["ms"] / 1000)
     flops = rate * flops_per_token(trainer.model, trainer.model_config.block_size) / WORLD_SIZE
     mfu = flops / peak_flops(config.device)
     return (
-        f"step {record['step']:6d}/{config.max_steps} | loss {record['loss']:.4f} | "
-        f"z {record['z']:7.2f} | norm {record['grad_norm']:.3f} | lr {record['lr']:.2e} | "
-        f"{record['ms']:7.1f} ms | {rate:10,.0f} tok/s | MFU {f'{mfu:.1%}' if mfu else 'n/a'} | "
-        f"ETA {clock(seconds_left)}")
+        f"step {record['step']:5d}/{config.max_steps}  loss {record['loss']:.4f}  "
+        f"norm {record['grad_norm']:.2f}  lr {record['lr']:.1e}  {record['ms']:.0f} ms  "
+        f"{rate / 1000:.3g}k tok/s  ETA {clock(seconds_left)}  "
+        f"MFU {f'{mfu:.1%}' if mfu else 'n/a'}")
 
 
 class Diverged(Exception):
@@ -1192,6 +1251,7 @@ def prepare(argv):
 
     At step 0, or where the run in the folder stopped.
     """
+    check_processes()
     variant, preset, given = parse_flags(argv)
     resuming = given.get("resume", False)
     if resuming and preset:
@@ -1199,26 +1259,61 @@ def prepare(argv):
     if not preset:
         has_data = torch.cuda.is_available() and os.path.isdir(FINEWEB)
         preset = "paper" if has_data else "smoke"
-    given.setdefault("out_dir", f"out/{preset}-{variant or 'exo_dynamic'}")
+    if WORLD_SIZE > 1:
+        init_processes(choose_device(given.get("device", "auto")))
+    if "out_dir" not in given:
+        name = f"out/{preset}-{variant or 'exo_dynamic'}"
+        given["out_dir"] = on_first(lambda: folder_for(name, resuming))
     if resuming and not os.path.isdir(given["out_dir"]):
         raise UserError(
             f"--resume: there is no folder {given['out_dir']}; name the run with --out_dir")
-    if WORLD_SIZE > 1:
-        init_processes(choose_device(given.get("device", "auto")))
-    settings = None if resuming else fresh_settings(variant, preset, given)
-    folder = RunFolder(given["out_dir"], resuming) if RANK == 0 else None
-    candidates = broadcast(folder and folder.checkpoints())
+    settings = None if resuming else on_first(lambda: fresh_settings(variant, preset, given))
+    folder, candidates = open_folder(given["out_dir"], resuming)
     if candidates:
         trainer, log_size = continue_newest(candidates, variant, given)
     else:
-        trainer = begin(settings or fresh_settings(variant, preset, given))
-        log_size = 0
         if resuming:
             print0(f"{given['out_dir']} holds no checkpoint: starting at step 0 with these flags")
-    if RANK == 0:
-        folder.open_log(log_size)
+            settings = on_first(lambda: fresh_settings(variant, preset, given))
+        trainer = begin(settings)
+        log_size = 0
+    on_first(lambda: folder.open_log(log_size))
     announce(trainer)
     return trainer, folder
+
+
+def folder_for(name, resuming):
+    """The run folder where none is given: `name`, or name-2, name-3, ... for later runs.
+
+    A new run takes the first without a run in it; a resumed one the last with one.
+    """
+    path = name
+    last = name
+    n = 1
+    while holds_run(path):
+        last = path
+        n += 1
+        path = f"{name}-{n}"
+    return last if resuming else path
+
+
+def holds_run(path):
+    """Whether a run has written into this folder."""
+    names = os.listdir(path) if os.path.isdir(path) else []
+    return any(re.fullmatch(r"ckpt_\d+\.pt|log\.jsonl", name) for name in names)
+
+
+def open_folder(path, resuming):
+    """(RunFolder, for the first process alone; the paths of its checkpoints, newest first)."""
+    folder = None
+
+    def open_first():
+        nonlocal folder
+        folder = RunFolder(path, resuming)
+        return folder.checkpoints()
+
+    candidates = on_first(open_first)
+    return folder, candidates
 
 
 def begin(settings):
@@ -1235,7 +1330,7 @@ def conclude(trainer, stopped, problem):
     out_dir = trainer.config.out_dir
     gpt2 = trainer.model_config.tokenizer == "gpt2"
     start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
-    again = f"{start} train.py --resume --out_dir={out_dir}"
+    again = f"{start} train.py --resume --out_dir={shlex.quote(out_dir)}"
     if problem:
         raise UserError(
             f"{problem}; the run is saved after step {trainer.step}: mend the data, then {again}")
@@ -1244,7 +1339,7 @@ def conclude(trainer, stopped, problem):
         return
     if trainer.config.sample_tokens and RANK == 0:
         print0(f"sample:\n{sample_text(trainer)}\n")
-    checkpoint = f"--ckpt={out_dir}/ckpt_{trainer.step:06d}.pt"
+    checkpoint = f"--ckpt={shlex.quote(out_dir)}"
     prompt = "Once upon a time" if gpt2 else "def "
     best = f"best validation loss of all evaluations {trainer.best_val:.4f}"
     print0(f"done: {trainer.step} steps, {best}. Next:")
@@ -1273,8 +1368,8 @@ def main():
         stopped = run(trainer, folder, stop)
     except Diverged as error:
         print0(
-            f"train.py: not finite at {error}. Nothing was saved from it: lower the learning "
-            "rates, and --resume from the last checkpoint, or start anew in another --out_dir")
+            f"train.py: not finite at {error}. Lower the learning rates, and --resume from an "
+            "earlier checkpoint, or start anew in another --out_dir")
         return 3
     conclude(trainer, stopped, stop.problem)
     if WORLD_SIZE > 1:

@@ -3,6 +3,7 @@ Tests of train.py that are too long, or too far from the paper, for test_model.p
 disks, output that nobody reads, signals, kills, compilation and torchrun. No network.
 """
 import io
+import math
 import os
 import pathlib
 import re
@@ -106,7 +107,7 @@ def run_main(*flags, stop=Quiet):
 def test_the_command_line_trains_and_tells_the_next_commands(data, tmp_path, capsys):
     assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL) == 0
     out = capsys.readouterr().out
-    assert f"python model.py --ckpt={tmp_path / 'a'}/ckpt_000012.pt" in out and "sample:" in out
+    assert f"python model.py --ckpt={tmp_path / 'a'} --prompt" in out and "sample:" in out
     assert f"python train.py --resume --out_dir={tmp_path / 'a'} --max_steps=24" in out
 
 
@@ -170,14 +171,104 @@ def test_init_from_takes_weights_and_sizes_of_a_checkpoint(source, tmp_path, mon
 
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_a_run_killed_before_its_first_checkpoint_starts_over(flags, data, tmp_path):
-    """With or without --resume. It left a log and half a checkpoint, which goes."""
+    """With or without --resume. Half a checkpoint goes; a folder of such a name is not its own."""
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "log.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "a" / "ckpt_000000.pt.part").write_bytes(b"half")
+    (tmp_path / "a" / "ckpt_000001.pt.part").mkdir()
     trainer, run_folder = start(tmp_path / "a", data, *flags)
     close(run_folder)
-    assert trainer.step == 0 and sorted(os.listdir(tmp_path / "a")) == ["lock", "log.jsonl"]
-    assert (tmp_path / "a" / "log.jsonl").read_text() == ""
+    assert trainer.step == 0
+    assert sorted(os.listdir(tmp_path / "a")) == ["ckpt_000001.pt.part", "lock", "log.jsonl"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_log_whose_checkpoints_were_deleted_is_not_emptied(flags, data, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="log.jsonl: a log without a checkpoint; move it away"):
+        start(tmp_path / "a", data, *flags)
+    assert (tmp_path / "a" / "log.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n'
+
+
+def test_the_same_command_twice_trains_twice_and_resume_takes_the_last(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--data={data}", *SMALL, "--variant=base", "--max_steps=1"]
+    for name in ("smoke-base", "smoke-base-2", "smoke-base-3"):
+        assert run_main(*flags) == 0
+        assert newest_of(tmp_path / "out" / name) == "ckpt_000001.pt"
+    shutil.rmtree(tmp_path / "out" / "smoke-base-2")
+    assert run_main("--variant=base", "--resume", "--max_steps=2") == 0
+    assert newest_of(tmp_path / "out" / "smoke-base") == "ckpt_000002.pt"
+    assert run_main(*flags) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["smoke-base", "smoke-base-2", "smoke-base-3"]
+
+
+def test_a_run_whose_folder_was_moved_stops_and_leaves_the_other_run_alone(data, tmp_path):
+    """Another run has begun under the old name: the first must not write there, nor delete."""
+    def move(trainer):
+        if trainer.step == 5:
+            os.rename(tmp_path / "a", tmp_path / "old")
+            shutil.copytree(tmp_path / "old", tmp_path / "a")
+            (tmp_path / "a" / "ckpt_000004.pt").write_bytes(b"of another run")
+    with pytest.raises(UserError, match="the folder of this run was moved, removed or replaced"):
+        train_fully(tmp_path / "a", data, "--keep=1", before_step=move)
+    assert newest_of(tmp_path / "a") == newest_of(tmp_path / "old") == "ckpt_000004.pt"
+    assert (tmp_path / "a" / "ckpt_000004.pt").read_bytes() == b"of another run"
+
+
+@pytest.mark.parametrize("environment, words", [
+    (dict(RANK="1"), "^RANK set in the environment, but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+    (dict(WORLD_SIZE="2"), "^WORLD_SIZE set .*but not RANK"),
+    (dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"), "but not MASTER_ADDR, MASTER_PORT: .*torchrun")])
+def test_processes_that_torchrun_did_not_start_are_refused(environment, words, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, environment.get(name, ""))
+    with pytest.raises(UserError, match=words):
+        T.prepare([])
+
+
+def test_no_processes_and_empty_variables_are_one_process(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("MASTER_ADDR", "host")                   # some clusters set it for everybody
+    T.check_processes()
+    code = "import train; print(train.RANK, train.WORLD_SIZE)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "0 1\n", done.stderr
+
+
+def test_a_run_that_diverges_in_its_last_step_has_failed(data, tmp_path, monkeypatch, capsys):
+    update = T.Trainer.update
+
+    def diverge(trainer, windows):
+        record = update(trainer, windows)
+        trainer.model.head.weight.data.fill_(math.inf)
+        return record
+    monkeypatch.setattr(T.Trainer, "update", diverge)
+    assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, "--max_steps=1") == 3
+    out = capsys.readouterr().out
+    assert "not finite at the evaluation after step 1: validation loss" in out
+    assert "done" not in out and "best" not in out
+    assert [record["step"] for record in log_of(tmp_path / "a", "val_loss")] == [0]
+
+
+def test_the_first_step_is_printed_in_100_columns(data, tmp_path, capsys):
+    assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, "--max_steps=3") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " ms  " in line]
+    assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
+    trainer = types.SimpleNamespace(config=T.TrainConfig(device="cpu"), model=tiny("base"),
+                                    model_config=tiny("base").config)
+    record = dict(step=38147, loss=12.3456, z=123.4, grad_norm=12.345, lr=1e-3, ms=2067.1)
+    line = T.progress_line(trainer, record, 99 * 3600)
+    assert len(line) <= 100
+    assert line == ("step 38147/38147  loss 12.3456  norm 12.35  lr 1.0e-03  2067 ms  127k tok/s  "
+                    "ETA 99:00:00  MFU n/a")
+
+
+def test_printed_commands_can_be_pasted(data, tmp_path, capsys):
+    folder = tmp_path / "a run"
+    assert run_main(f"--data={data}", f"--out_dir={folder}", *SMALL, "--max_steps=1") == 0
+    assert f"train.py --resume --out_dir='{folder}' --max_steps=2" in capsys.readouterr().out
 
 
 def test_a_folder_is_for_one_run_at_a_time(whole, data, tmp_path):
@@ -238,7 +329,8 @@ def test_log_lines_that_a_full_disk_refuses_are_written_before_the_next_checkpoi
     folder = T.RunFolder(str(tmp_path), resume=False)
     folder.open_log(0)
     real = folder.log
-    folder.log = types.SimpleNamespace(write=real.write, flush=lambda: os.truncate(os.devnull, -1))        # an OSError
+    folder.log = types.SimpleNamespace(write=real.write, fileno=real.fileno,
+                                       flush=lambda: os.truncate(os.devnull, -1))        # an OSError
     folder.write(dict(step=1)), folder.write(dict(step=2))
     assert capsys.readouterr().out.count("COULD NOT WRITE") == 2 and not os.path.getsize(tmp_path / "log.jsonl")
     folder.log = real
@@ -248,13 +340,16 @@ def test_log_lines_that_a_full_disk_refuses_are_written_before_the_next_checkpoi
     assert torch.load(tmp_path / "ckpt_000002.pt", weights_only=True)["log_size"] == 2 * len('{"step": 1}\n')
 
 
-@pytest.mark.parametrize("harm", [os.remove, lambda path: os.rename(path, f"{path}.old")])
-def test_a_log_that_goes_in_mid_run_costs_no_checkpoint(harm, whole, data, tmp_path):
+@pytest.mark.parametrize("harm", [
+    os.remove, lambda path: os.rename(path, f"{path}.old"), lambda path: os.truncate(path, 0)])
+def test_a_log_that_goes_in_mid_run_costs_no_checkpoint_and_is_missed(harm, whole, data, tmp_path, capsys):
     def take(trainer):
         if trainer.step == 5:
             harm(tmp_path / "a" / "log.jsonl")
     assert same_state(whole, train_fully(tmp_path / "a", data, before_step=take)) == []
     assert newest_of(tmp_path / "a") == "ckpt_000012.pt"
+    assert capsys.readouterr().out.count("removed, replaced or cut: earlier records are missing") == 1
+    assert [record["step"] for record in log_of(tmp_path / "a", "loss")] == [6, 7, 8, 9, 10, 11, 12]
 
 
 def test_a_character_that_the_terminal_lacks_does_not_end_the_output():
@@ -286,18 +381,27 @@ def lines_of(folder):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
-def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_path, capsys):
-    """Files may not grow past 30 kB: a checkpoint does not fit, log.jsonl does."""
+def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_path, capsys, monkeypatch):
+    """Files may not grow past 30 kB after the first checkpoint: a second does not fit, log.jsonl does."""
     import resource
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+        message = run_main(f"--data={data}", f"--out_dir={tmp_path / 'b'}", *SMALL)
+        assert message.endswith("the run ends at step 0 without a checkpoint of it")     # stops at once
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        save = T.save
+
+        def save_then_fill(*args, **kwargs):
+            save(*args, **kwargs)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+        monkeypatch.setattr(T, "save", save_then_fill)
         message = run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert re.fullmatch("train.py: .*ended at step 12 without a checkpoint.*", message)
-    assert capsys.readouterr().out.count("COULD NOT WRITE") == 4            # after steps 0, 4, 8, 12
-    assert sorted(os.listdir(tmp_path / "a")) == ["lock", "log.jsonl"]
+    assert re.fullmatch("train.py: .*ends at step 12 without a checkpoint.*", message)
+    assert capsys.readouterr().out.count("COULD NOT WRITE") == 4    # b after step 0; a after 4, 8, 12
+    assert sorted(os.listdir(tmp_path / "a")) == ["ckpt_000000.pt", "lock", "log.jsonl"]
     assert len(log_of(tmp_path / "a", "loss")) == 12
 
 
@@ -478,3 +582,15 @@ def test_three_processes_train_like_one_and_sigterm_saves_once(data, tmp_path):
         assert all(abs(a[key] - b[key]) < 1e-5 for key in ("loss", "val_loss") if key in a)
     for (name, p), q in zip(weights(tmp_path / "one", 20).items(), weights(folder, 20).values()):
         torch.testing.assert_close(p, q, atol=2e-4, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_an_input_error_under_torchrun_is_said_once(data, tmp_path):
+    """The first process says it; the others leave without the traceback of a lost connection."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "ckpt_000001.pt").write_bytes(b"")
+    process = launch_ranks(2, tmp_path / "a", *SMALL, f"--data={data}")
+    out = process.communicate()[0]
+    assert process.returncode == 1
+    assert out.count("holds a run already") == 1
+    assert "Connection closed" not in out and 'train.py", line' not in out
