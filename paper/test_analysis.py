@@ -1205,6 +1205,11 @@ def test_lambdas_are_drawn_as_mean_and_as_median(pages, tmp_path):
         assert list(curve.get_xdata()) == [2, 5]
         assert list(curve.get_ydata()) == pytest.approx(y)
         assert list(level.get_ydata()) == [1, 1]
+        assert pages[name].axes[0].get_yscale() == "linear"
+    far = {**LAMBDAS_Q, "anchor": [[[-9.0, 9.0], [1.0, -40.0]], [[1.0, 1.0], [1.0, 1.0]]]}
+    record = planted(lambdas=dict(q=far))
+    figures.draw_lambda_ratio([record], styles, np.mean, "far", tmp_path / "far.png")
+    assert pages["far"].axes[0].get_yscale() == "symlog"  # layer 2: -4.75
     figures.draw_anchor_use(both, styles, tmp_path / "use.png")
     curve, level = pages["use"].axes[0].lines
     assert list(curve.get_ydata()) == pytest.approx([0.25, 0.7])
@@ -1361,7 +1366,9 @@ def test_a_long_curve_has_few_markers_each_on_other_points(pages):
 def test_names_of_a_map_lie_in_the_middle_of_their_parts(pages):
     """Three heads of four channels: names over channels 1.5, 5.5 and 9.5; of many rows some."""
     axes = figures.Page(1, 1, "").axes[0]
-    figures.heat_map(axes, np.zeros((20, 12)), (0, 1), ["a", "b", "c"], range(20))
+    image = figures.heat_map(axes, np.zeros((20, 12)), (0, 1), ["a", "b", "c"], range(20))
+    dark, light = image.to_rgba(np.array([0.0, 1.0]))[:, :3].sum(axis=1)
+    assert dark < light  # lighter for greater numbers
     assert ticks(axes.xaxis) == ([1.5, 5.5, 9.5], ["a", "b", "c"])
     rows = [0, 3, 6, 9, 12, 15, 18]
     assert ticks(axes.yaxis) == (rows, [str(row) for row in rows])
