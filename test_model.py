@@ -854,8 +854,9 @@ def test_an_empty_prompt_starts_a_document_and_one_that_cannot_be_read_is_refuse
     new = generate(model, torch.tensor([[95]]), 9, temperature=0)[0, 1:]
     expected = Letters().decode([i for i in new.tolist() if i != 95])
     assert M.continue_text(model, Letters(), "", 9, temperature=0) == [expected]
-    with pytest.raises(InputError, match=r"token 98, but the model knows vocab_size=96"):
-        M.continue_text(model, Letters(), "\xc3", 3)
+    assert M.continue_text(model, Letters(), "\xc0", 3)  # token 95
+    with pytest.raises(InputError, match="token 96, but the model knows vocab_size=96"):
+        M.continue_text(model, Letters(), "\xc1", 3)
 
 
 def test_a_text_is_continued_as_by_hand_and_its_end_is_not_shown():
@@ -1556,6 +1557,16 @@ def test_released_files_of_other_sizes_load():
     torch.testing.assert_close(logits, by_hand(model, idx), atol=2e-4, rtol=1e-4)
     fc1 = state["transformer.layers.1.attn.dynamic_mixing.fc1.weight"]
     assert torch.equal(model.layers[1].attn.gammas.fc1.weight, fc1)
+
+
+def test_anchors_of_what_a_released_model_does_not_mix_are_dropped():
+    golden, state, _ = released("exo_elementwise")
+    model = ExoFormer.from_released(without(state, "lambda_[qk]"), block_size=40)
+    assert model.config == ModelConfig(**TINY, mix="vg", anchor_norm="vg")
+    assert torch.equal(model.anchor.project.weight, state["anchor_proj.weight"][64:])
+    idx = torch.tensor(golden["idx"])
+    logits = model(idx)[..., :96].double()
+    torch.testing.assert_close(logits, by_hand(model, idx), atol=2e-4, rtol=1e-4)
 
 
 def test_tensors_that_the_released_forward_pass_never_reads_are_ignored():
