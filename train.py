@@ -77,8 +77,9 @@ class TrainConfig:
     device: str = setting("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"),
                           **HOW)
     dtype: str = setting("auto", "bfloat16: float32 weights, bfloat16 compute; pure_bfloat16: as "
-                         "the released code, no float32 copy of matrices; auto: bfloat16 on cuda, "
-                         "else float32", ("auto", "float32", "bfloat16", "pure_bfloat16"))
+                         "the released code, no float32 copy of matrices; auto: bfloat16 on a cuda "
+                         "device that has it, else float32",
+                         ("auto", "float32", "bfloat16", "pure_bfloat16"))
     compile: bool | None = setting(None, "torch.compile; none: on cuda", **HOW)
     deterministic: bool | None = setting(None, "deterministic algorithms; none: on a CPU", **HOW)
 
@@ -96,8 +97,8 @@ class TrainConfig:
     muon_ramp: bool = setting(False, "as released: 0.85 to muon_momentum in 100 steps, and back")
     muon_beta2: float = setting(0.0, "second moment of NorMuon (released code: 0.95); 0: none",
                                 low=0, high=1)
-    muon_dtype: str = setting("auto", "of the Polar Express iteration; auto: float32 on a CPU, "
-                              "else bfloat16", ("auto", "bfloat16", "float32"))
+    muon_dtype: str = setting("auto", "of the Polar Express iteration; auto: bfloat16 on a cuda "
+                              "device that has it, else float32", ("auto", "bfloat16", "float32"))
     muon_fused: bool = setting(False, "as released: stacked Q,K,V,G, and SwiGLU's, as one matrix")
     adamw_lr: float = setting(0.003, "peak learning rate of AdamW", low=0, resume=True)
     weight_decay: float = setting(0.1, "decoupled; cautious in Muon; on matrices only", low=0)
@@ -1329,8 +1330,7 @@ def conclude(trainer, stopped, problem):
     """The last lines of a run: what came out and which command comes next."""
     out_dir = trainer.config.out_dir
     gpt2 = trainer.model_config.tokenizer == "gpt2"
-    start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
-    again = f"{start} train.py --resume --out_dir={shlex.quote(out_dir)}"
+    again = f"{launcher()} train.py --resume --out_dir={shlex.quote(out_dir)}"
     if problem:
         raise UserError(
             f"{problem}; the run is saved after step {trainer.step}: mend the data, then {again}")
@@ -1347,6 +1347,15 @@ def conclude(trainer, stopped, problem):
     if gpt2:
         print0(f"  python eval_hellaswag.py {checkpoint}")
     print0(f"  {again} --max_steps={2 * trainer.step}")
+
+
+def launcher():
+    """What starts as many processes, on as many machines, as there are now."""
+    if WORLD_SIZE == 1:
+        return "python"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))  # torchrun sets it
+    nodes = f"--nnodes={WORLD_SIZE // here} " if here < WORLD_SIZE else ""
+    return f"torchrun {nodes}--nproc_per_node={here}"
 
 
 def sample_text(trainer):

@@ -293,6 +293,21 @@ def test_two_nodes_of_one_process_equal_one_process_bit_for_bit(data, tmp_path):
         assert torch.equal(p, two[name]), name
 
 
+@pytest.mark.parametrize(
+    "processes, here, words",
+    [
+        (1, None, "python"),
+        (8, "8", "torchrun --nproc_per_node=8"),
+        (16, "8", "torchrun --nnodes=2 --nproc_per_node=8"),
+    ],
+)
+def test_the_command_that_goes_on_starts_as_many_processes(processes, here, words, monkeypatch):
+    monkeypatch.setattr(T, "WORLD_SIZE", processes)
+    if here:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert T.launcher() == words
+
+
 @pytest.mark.parametrize("name, backend", [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
 def test_a_process_that_hangs_ends_the_others_after_ten_minutes(name, backend, monkeypatch):
     joined = []
