@@ -126,18 +126,6 @@ class TrainConfig:
         check_ranges(self)
 
 
-PRESETS = {  # fields of ModelConfig and TrainConfig that differ from the paper's
-    "paper": dict(),
-    "small": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=8,
-                  total_batch_size=131072, max_steps=19073, warmup_steps=500,
-                  eval_tokens=2_097_152),
-    "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=8,
-                  total_batch_size=2048, max_steps=160, warmup_steps=20, decay_fraction=0.5,
-                  eval_every=80, eval_tokens=32768, final_eval_tokens=32768, save_every=80,
-                  log_every=20),
-}
-
-
 # ---- 2 the data and their order ------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=2)
@@ -306,19 +294,6 @@ def build_muon(matrices, config):
     polar = functools.partial(polar_express, dtype=dtype)
     return Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay,
                 beta2=config.muon_beta2 or None, polar=functools.partial(shared, polar))
-
-
-def shared(function, matrices):
-    """function(matrices), (N, rows, cols) -> the same, each process computing its share of N."""
-    if WORLD_SIZE == 1:
-        return function(matrices)
-    share = math.ceil(len(matrices) / WORLD_SIZE)
-    mine = matrices[RANK * share : (RANK + 1) * share]
-    mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))  # zeros, where N does not divide
-    mine = function(mine).contiguous()
-    whole = mine.new_empty(share * WORLD_SIZE, *mine.shape[1:])
-    dist.all_gather_into_tensor(whole, mine)
-    return whole[: len(matrices)]
 
 
 class Trainer:
@@ -556,6 +531,17 @@ def evaluate_batch(trainer, windows):
 
 
 # ---- 7 from the command line to the settings -----------------------------------------------------
+
+PRESETS = {  # fields of ModelConfig and TrainConfig that differ from the paper's
+    "paper": dict(),
+    "small": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=8,
+                  total_batch_size=131072, max_steps=19073, warmup_steps=500,
+                  eval_tokens=2_097_152),
+    "smoke": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=8,
+                  total_batch_size=2048, max_steps=160, warmup_steps=20, decay_fraction=0.5,
+                  eval_every=80, eval_tokens=32768, final_eval_tokens=32768, save_every=80,
+                  log_every=20),
+}
 
 DEFAULTS = {f.name: f.default for kind in (ModelConfig, TrainConfig) for f in fields(kind)}
 RESUMABLE = {f.name for f in fields(TrainConfig) if f.metadata.get("resume")}
@@ -1080,6 +1066,19 @@ def all_reduce_gradients(parameters):
         flat = all_reduce(torch.cat([grad.flatten() for grad in grads]))
         parts = flat.split([grad.numel() for grad in grads])
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
+
+
+def shared(function, matrices):
+    """function(matrices), (N, rows, cols) -> the same, each process computing its share of N."""
+    if WORLD_SIZE == 1:
+        return function(matrices)
+    share = math.ceil(len(matrices) / WORLD_SIZE)
+    mine = matrices[RANK * share : (RANK + 1) * share]
+    mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))  # zeros, where N does not divide
+    mine = function(mine).contiguous()
+    whole = mine.new_empty(share * WORLD_SIZE, *mine.shape[1:])
+    dist.all_gather_into_tensor(whole, mine)
+    return whole[: len(matrices)]
 
 
 def on_first(function):
