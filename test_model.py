@@ -934,6 +934,9 @@ def test_the_command_line_samples_what_its_flags_say(tmp_path, monkeypatch, caps
         texts = M.continue_text(model, pf.get_tokenizer("bytes"), "ab", **{**flags, flag: other})
         assert texts != expected
     assert "no such checkpoint" in run_main(monkeypatch, f"--ckpt={tmp_path / 'absent.pt'}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = run_main(monkeypatch, f"--ckpt={path}", "--device=cuda")
+    assert "--device=cuda is not there" in refused
 
 
 def test_the_device_is_the_first_there_is_or_the_one_named(monkeypatch):
