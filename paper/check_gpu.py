@@ -63,7 +63,7 @@ TINY_RUN = """--preset=smoke --n_layer=2 --max_steps=3 --batch_size=4 --dtype=fl
     --muon_dtype=float32 --compile=false --eval_tokens=256 --final_eval_tokens=256
     --sample_tokens=0""".split()
 
-# {sequences in a pass: the most memory, in GB, that a step of exo_dynamic at the paper's size takes}:
+# {sequences in a pass: the most memory, in GB, of a step of exo_dynamic at the paper's size}:
 # traced on fake CUDA tensors, not measured. What the CUDA context needs is not counted.
 TRACED_PEAK = {16: 54.3, 8: 30.5, 4: 18.7, 2: 12.7}
 
