@@ -277,6 +277,15 @@ def test_seeds_of_one_experiment_are_one_row_with_hand_computed_figures(tmp_path
     assert "torch 9.9 | commit c0ffee" in text
 
 
+def test_the_curve_of_a_row_is_the_mean_with_the_range_where_all_runs_were_evaluated():
+    row = group_of({1: 4.0, 2: 4.1, 3: 4.5})
+    for run, half in zip(row.runs, (5.0, 5.1, 5.5)):
+        run.points.insert(0, [200, half])
+    row.runs[0].points.insert(0, [100, 6.0])  # it alone
+    expected = [(200, 5.2, 5.0, 5.5), (400, 4.2, 4.0, 4.5)]
+    assert row.curve() == [pytest.approx(point) for point in expected]
+
+
 def test_a_run_of_older_code_that_lacks_a_setting_is_of_the_same_experiment(tmp_path):
     folders = [
         write_run(tmp_path / f"exo{seed}", [(0, 8.0), (400, 4.0)], "exo", seed) for seed in (1, 2)
@@ -354,6 +363,10 @@ def test_a_last_evaluation_on_other_tokens_stays_out_of_curve_and_ratio(tmp_path
     assert compare.read_run(folders[1]).curve() == [(0, 8.0), (200, 4.0)]
     assert found["exo", "val loss"] == "3.9000" and found["exo", "tokens, base / own"] == "1.33x"
     assert "--final_eval_tokens" in text
+    half = write_run(
+        tmp_path / "half", [(0, 8.0), (200, 4.0)], "exo", max_steps=4, final_eval_tokens=0
+    )
+    assert compare.read_run(half).curve() == [(0, 8.0), (200, 4.0)]  # no last evaluation yet
 
 
 @pytest.mark.parametrize("name, value", [
@@ -718,6 +731,7 @@ def losses_in(*kinds):
 
 SWEEP = "variant|layers|parameters|val loss|sd|perplexity|paper's|loss - base|loss - gated"
 TOKENS = "variant|val loss|tokens, base / own|tokens, gated / own"
+PLAN = "variant|val loss|loss - base|loss - gated|loss - first of its variant"
 ABLATION = "variant|val loss|sd|loss - gated|loss - first of its variant"
 
 
@@ -726,6 +740,7 @@ ABLATION = "variant|val loss|sd|loss - gated|loss - first of its variant"
     (["six", "rest", "control"], TOKENS, lambda label: label != "base"),
     (["ablations"], ABLATION, lambda label: True),
     (["ablations", "rates"], ABLATION, lambda label: "optimizer=" in label or "muon_lr=" in label),
+    (["plan"], PLAN, lambda label: True),
     (["long"], "variant|val loss|loss - base|loss - gated", lambda label: True),
     (["long"], TOKENS, lambda label: label != "base"),
 ])  # fmt: skip
