@@ -462,10 +462,10 @@ def parse_arguments():
     for name in args.tasks:
         if name not in TASKS:
             parser.error(f"--tasks: unknown {name!r}; there are {', '.join(TASKS)}")
-    if args.shots < 0 or args.batch_size < 1:
-        parser.error("--shots must not be negative, --batch_size at least 1")
-    if args.limit is not None and args.limit < 2:
-        parser.error("--limit must be at least 2, for a standard error")
+    if not 0 <= args.shots <= 1000 or args.batch_size < 1:
+        parser.error("--shots must be from 0 to 1000, --batch_size at least 1")
+    if args.limit is not None and not 2 <= args.limit <= 1_000_000:
+        parser.error("--limit must be from 2, for a standard error, to 1000000")
     return args
 
 

@@ -591,9 +591,11 @@ def test_what_cannot_be_scored_is_one_line(tmp_path, call, monkeypatch, capsys):
     path = f"--ckpt={tmp_path / 'x.pt'}"
     for flags, problem in (
         (["--tasks=wikitext"], "unknown 'wikitext'; there are arc_challenge"),
-        (["--shots=-1"], "--shots must not be negative"),
+        (["--shots=-1"], "--shots must be from 0 to 1000"),
+        (["--shots=1001"], "--shots must be from 0 to 1000"),
         (["--batch_size=0"], "--batch_size at least 1"),
-        (["--limit=1"], "--limit must be at least 2"),
+        (["--limit=1"], "--limit must be from 2"),
+        (["--limit=1000001"], "to 1000000"),
     ):
         with pytest.raises(SystemExit, match="2"):
             call(six_tasks.main, path, *flags)
