@@ -178,6 +178,19 @@ def test_examples_come_from_the_training_file(tmp_path):
     assert len(items) == 3
 
 
+@pytest.mark.parametrize(
+    "text, cleaned",
+    [
+        (" a [title] b ", "a. b"),
+        (" [title] a", " a"),  # stripped first, so this title has no space in front
+        ("a [step] b [x] [y] c", "a b  c"),  # three spaces in a row: two of them become one
+        ("a [b\nc] d", "a [b\nc] d"),
+    ],
+)
+def test_marks_are_cleaned_away_in_lm_evals_order(text, cleaned):
+    assert H.clean(text) == cleaned
+
+
 def test_an_item_is_no_example_of_itself():
     rows = [{**GOOD_ROW, "ctx_b": f"n{i}"} for i in range(3)]  # 2 + 1 are drawn: all of them
     for row, text in zip(rows, H.draw_examples(rows, rows, 2)):
@@ -299,6 +312,15 @@ def test_the_head_is_multiplied_in_float32_under_autocast():
     torch.testing.assert_close(found[0], expected, rtol=0, atol=2e-6)
 
 
+def test_a_bfloat16_models_log_probabilities_are_float32():
+    model = tiny().bfloat16()
+    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.tensor([0, 9, 256, 7, 7])
+    expected = model.logits(hidden).double().log_softmax(-1)[torch.arange(5), targets]
+    found = H.token_log_probs(model, hidden, targets)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
 def test_progress_ends_with_all_tokens_and_items(monkeypatch):
     calls = []
 
@@ -316,11 +338,13 @@ def test_models_that_cannot_be_scored_are_refused():
     assert H.score(tiny(block_size=5), items).isfinite().all()
     with pytest.raises(UserError, match="ending of 5 tokens does not fit into block_size=4"):
         H.score(tiny(block_size=4), items)
-    for value in (math.nan, math.inf):
-        broken = tiny()
-        torch.nn.init.constant_(broken.final_norm.weight, value)
+    broken = tiny()
+    torch.nn.init.constant_(broken.final_norm.weight, math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        H.score(broken, items)
+    for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(UserError, match="not finite"):
-            H.score(broken, items)
+            H.all_finite(torch.tensor([[-1.0, value]]))
 
 
 # ---- accuracy ----
