@@ -193,8 +193,9 @@ class Projections(Linear):
 
     def forward(self, h):
         stacked = F.linear(h, self.weight)                                          # Eq. 1, 4, 7
-        parts = stacked.split(self.heights, dim=-1)
-        return {s: part.unflatten(-1, (-1, self.head_dim)) for s, part in zip(self.letters, parts)}
+        heads = stacked.unflatten(-1, (-1, self.head_dim))
+        counts = [height // self.head_dim for height in self.heights]
+        return dict(zip(self.letters, heads.split(counts, dim=-2)))
 
 
 class DynamicMixing(nn.Module):
