@@ -39,6 +39,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
 # so that the mark "slow" needs no file of settings
@@ -1373,8 +1374,6 @@ def test_stacked_matrices_say_their_heights():
 
 @pytest.mark.parametrize("variant", ["base", "exo_dynamic"])
 def test_flops_per_token_match_a_count_of_matrix_products(variant):
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = tiny(variant, vocab_size=64)
     with FlopCounterMode(display=False) as counter:
         model(tokens(2, 40, high=64)).sum().backward()
@@ -1737,6 +1736,16 @@ def test_polar_express_keeps_singular_vectors_and_maps_singular_values(shape):
     assert rounded.dtype == torch.bfloat16
     error = torch.linalg.matrix_norm(U.mT @ rounded.double() @ Vh.mT - torch.diag_embed(expected))
     assert error.max() < 0.05 * torch.linalg.vector_norm(expected, dim=-1).min()
+
+
+def test_polar_express_multiplies_by_the_smaller_gram_matrix():
+    costs = set()
+    for shape in ((1, 24, 96), (1, 96, 24)):
+        with FlopCounterMode(display=False) as counter:
+            muon.polar_express(torch.randn(shape))
+        costs.add(counter.get_total_flops())
+    # X X^T, A A and B X in each of five steps, at 2 FLOPs for an entry of a product
+    assert costs == {5 * 2 * (24 * 96 * 24 + 24 * 24 * 24 + 24 * 24 * 96)}
 
 
 @pytest.mark.parametrize("key", OPTIM["traj"])
