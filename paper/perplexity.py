@@ -21,6 +21,7 @@ from analysis import cross_entropy, validation_windows
 from eval_hellaswag import CHECKPOINT_HELP, checkpoint_file, eval_mode
 from model import TABLE_3, InputError, choose_device, load_checkpoint, variant_name
 from prepare_fineweb import Progress, UserError, command_line, get_tokenizer
+from train import has_bfloat16
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def parse_arguments():
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of the layers (default: bfloat16 on cuda, else float32)",
+        help="of the layers (default: bfloat16 where a GPU has it, else float32)",
     )
     return parser.parse_args()
 
@@ -82,7 +83,7 @@ def main():
     device = choose_device(args.device, among=("cuda", "cpu"))
     dtype = args.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
+        dtype = "bfloat16" if has_bfloat16(device) else "float32"
     masked = args.mask_documents == "true"
     documents = "masked" if masked else "not masked"
     path = checkpoint_file(args.ckpt)
