@@ -1001,7 +1001,9 @@ def released_config(state, n_head, anchor_norm, **settings):
             raise InputError(f"the checkpoint lacks {needed}")
     mix = "".join(s for s in COMPONENTS if f"{last}lambda_{s}1" in state)
     shape = state[f"{last}lambda_{mix[0]}1"].shape if mix else torch.Size()
-    anchor = "exogenous" if "anchor_proj.weight" in state else "internal" if mix else "none"
+    anchor = "internal" if mix else "none"
+    if any(key.startswith("anchor_") for key in state):
+        anchor = "exogenous"
     fc1 = state.get(f"{last}dynamic_mixing.fc1.weight")
     return ModelConfig(
         n_layer=n_layer,

@@ -1579,11 +1579,11 @@ def test_tensors_that_the_released_forward_pass_never_reads_are_ignored():
     }
     assert ExoFormer.from_released({**state, **norms})
     internal = released("nures_nkqr_headwise")[1]
-    unmixed = {
-        "transformer.layers.0.attn.lambda_v1": torch.ones(4),
-        "anchor_q_norm.weight": torch.ones(8),
-    }
-    assert ExoFormer.from_released({**internal, **unmixed})
+    own_lambda = {"transformer.layers.0.attn.lambda_v1": torch.ones(4)}
+    assert ExoFormer.from_released({**internal, **own_lambda})
+    unmixed = {key: tensor for key, tensor in state.items() if ".lambda_g" not in key}
+    assert "anchor_g_norm.weight" in unmixed
+    assert ExoFormer.from_released(unmixed).config.mix == "qkv"
 
 
 @pytest.mark.parametrize(
@@ -1604,6 +1604,13 @@ def test_norm_pos_of_a_released_checkpoint_is_followed(theirs, ours):
         assert (f"{kind}_post_norm.weight" in block) == after
         assert not before or torch.equal(block[f"{kind}_norm.weight"], gain)
         assert not after or torch.equal(block[f"{kind}_post_norm.weight"], gain)
+
+
+def test_a_released_file_that_lost_its_exogenous_anchors_is_not_taken_for_an_internal_one():
+    _, state, _ = released("exo_elementwise")
+    del state["anchor_proj.weight"]
+    with pytest.raises(InputError, match="the checkpoint lacks anchor_proj.weight"):
+        ExoFormer.from_released(state)
 
 
 def test_an_unknown_norm_pos_is_refused():
@@ -2022,11 +2029,12 @@ def test_optimizers_partition_the_parameters_and_only_matrices_decay(variant, op
 
 @pytest.mark.parametrize("device, expected", [
     ("cpu", dict(dtype="float32", muon_dtype="float32", compile=False, deterministic=True)),
-    ("mps", dict(dtype="float32", muon_dtype="bfloat16", compile=False, deterministic=False)),
+    ("mps", dict(dtype="float32", muon_dtype="float32", compile=False, deterministic=False)),
     ("cuda", dict(dtype="bfloat16", muon_dtype="bfloat16", compile=True, deterministic=False))])
 def test_auto_is_decided_by_the_device_and_what_is_given_stays(device, expected, monkeypatch):
     monkeypatch.setattr(T, "choose_device", lambda name: device)
-    monkeypatch.setattr(T, "check_compiler", lambda device: None)
+    monkeypatch.setattr(T, "has_bfloat16", lambda device: device == "cuda")
+    monkeypatch.setattr(T, "check_compiler", lambda device, dtype: None)
     decided = vars(T.resolve({})[1])
     assert {name: decided[name] for name in expected} == expected
     given = dict(muon_dtype="float32", compile=False)
