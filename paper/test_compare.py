@@ -179,6 +179,8 @@ def test_a_difference_has_the_interval_and_the_mark_of_its_family_made_by_hand()
     )
     assert [x.p for x in found] == pytest.approx([2 * 0.000255, 0.288], rel=0.01)
     assert [str(x) for x in found] == ["-0.1000 +- 0.0227 *", "-0.0100 +- 0.0227"]
+    marked = [str(compare.Difference(-0.1, 0.01, 4, p))[-1] == "*" for p in (0.0499, 0.0501, None)]
+    assert marked == [True, False, False]
 
 
 def test_the_mean_of_several_pairs_has_the_error_of_that_mean():
@@ -412,12 +414,13 @@ def test_every_setting_either_steers_a_run_or_makes_it_another_experiment():
 
 
 def test_a_loss_half_way_is_called_unfinished_and_not_subtracted_from_a_final_one(tmp_path):
-    """Half way the evaluation may have been on fewer tokens."""
-    base = write_run(tmp_path / "base", [(0, 8.0), (400, 4.0)], "base")
+    """Half way the evaluation may be on fewer tokens; the paper's order is without it too."""
+    done = write_ends(tmp_path, {("base", 1): 4.0, ("gated", 1): 3.9, ("naive", 1): 3.8})
     half = write_run(tmp_path / "exo", [(0, 8.0), (200, 5.0)], "exo", max_steps=4)
-    found, text = cells([base, half])
-    assert ("exo", "loss - base") not in found
+    found, text = cells([*done, half])
+    assert found["exo", "loss - base"] == "-" and found["gated", "loss - base"] == "-0.1000"
     assert "NOT FINISHED: exo is at step 2 of 4" in text
+    assert "+1.00 (all rows: 3)" in text
 
 
 def test_a_run_at_its_last_step_without_the_last_evaluation_is_not_finished(tmp_path):
@@ -555,6 +558,22 @@ def test_runs_of_a_gpu_can_be_compared_where_there_is_none(tmp_path, monkeypatch
     folder = write_run(tmp_path / "exo", [(0, 8.0), (400, 4.0)], "exo", device="cuda")
     run = compare.read_run(folder)
     assert run.loss == 4.0 and run.origin["machine"].endswith(" threads")
+
+
+def test_settings_are_those_of_the_newest_checkpoint(tmp_path):
+    """A resumed run may have been given more steps and another rate."""
+    write_run(tmp_path / "exo", [(0, 8.0), (200, 5.0)], "exo", muon_lr=0.02)
+    folder = write_run(tmp_path / "exo", [(0, 8.0), (200, 5.0), (400, 4.0)], "exo", muon_lr=0.03)
+    assert len(os.listdir(folder)) == 3  # two checkpoints and the log
+    run = compare.read_run(folder)
+    assert (run.settings["muon_lr"], run.settings["max_steps"], run.finished) == (0.03, 4, True)
+
+
+def test_a_row_of_runs_that_came_unequally_far_says_the_least_of_their_tokens():
+    far = group_of({1: 4.0}, tokens=400)
+    near = group_of({2: 4.0}, tokens=300)
+    row = compare.Group("exo", {}, far.runs + near.runs)
+    assert compare.rows_of([row])[0]["tokens"] == "300"
 
 
 def test_one_table_comes_from_the_files_of_two_seeds_of_which_one_is_unfinished(
