@@ -13,7 +13,6 @@ First comes what a run computes: settings, data, schedule, step, loop; then what
 tokens a step reads follows from the settings, the seed and the tokens read before; learning rate
 and momentum follow from the step. A checkpoint stores no other position.
 """
-
 import argparse
 import contextlib
 import functools
@@ -621,9 +620,8 @@ def resolve(settings):
 
     So a checkpoint records what the run really used.
     """
-    model_config, config = (
-        kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
-        for kind in (ModelConfig, TrainConfig))
+    model_config = config_of(ModelConfig, settings)
+    config = config_of(TrainConfig, settings)
     device = choose_device(config.device)
     if device == "mps" and WORLD_SIZE > 1:
         raise UserError("--device=mps works with one process; start train.py without torchrun")
@@ -641,6 +639,11 @@ def resolve(settings):
     if config.compile:
         check_compiler(device, config.dtype)
     return model_config, config
+
+
+def config_of(kind, settings):
+    """A ModelConfig or TrainConfig (`kind`) of its own settings among these."""
+    return kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
 
 
 def has_bfloat16(device):
