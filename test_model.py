@@ -2339,6 +2339,10 @@ HARM_TO_CONTENT = {
     "missing optimizer": lambda checkpoint: checkpoint["optimizers"].pop(),
     "missing state": lambda checkpoint: checkpoint["optimizers"][0]["state"].popitem(),
     "missing moment": lambda checkpoint: checkpoint["optimizers"][1]["state"][0].popitem(),
+    "number for a state": lambda checkpoint: checkpoint["optimizers"][0]["state"].update({0: 3}),
+    "list for a setting": lambda checkpoint: checkpoint["train_config"].update(keep=[]),
+    "no shards": lambda checkpoint: checkpoint["shards"].clear(),
+    "number for shards": lambda checkpoint: checkpoint["shards"].update(val=3),
     "of another program": lambda checkpoint: checkpoint.clear(),
 }
 
@@ -2452,6 +2456,7 @@ def test_resume_skips_a_bad_newest_checkpoint_and_says_so(fault, whole, tmp_path
         "missing key",
         "missing state",
         "missing moment",
+        "number for a state",
     ],
 )
 def test_a_sound_file_that_does_not_fit_is_named_and_no_older_one_continued(fault, whole, tmp_path):
@@ -2462,6 +2467,21 @@ def test_a_sound_file_that_does_not_fit_is_named_and_no_older_one_continued(faul
     with pytest.raises((InputError, UserError), match=words) as error:
         resume(folder)
     assert "\n" not in str(error.value) and not witness.exists()
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("no shards", "train shards .* are not those that the run began"),
+        ("number for shards", "val shards .* are not those that the run began"),
+        ("list for a setting", "keep=.* must be"),
+    ],
+)
+def test_odd_values_in_a_checkpoint_are_one_line(fault, words, whole, tmp_path):
+    folder = copied(whole, tmp_path / "a")
+    harm(folder / "ckpt_000012.pt", fault, None)
+    with pytest.raises((InputError, UserError), match=words):
+        resume(folder)
 
 
 def test_a_checkpoint_with_switches_as_text_is_resumed(whole, tmp_path):
@@ -2510,8 +2530,8 @@ def change_tokens_of_a_shard(folder):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (remove_a_shard, "its train shards are not those.*2, 1,320 tokens"),
-        (change_tokens_of_a_shard, "its val shards are not those"),
+        (remove_a_shard, "its train shards .1, 900 tokens. are not those that"),
+        (change_tokens_of_a_shard, "its val shards .1, 170 tokens. are not those that"),
     ],
 )
 def test_data_that_changed_since_are_refused(change, words, whole, data, tmp_path):

@@ -16,6 +16,7 @@ and momentum follow from the step. A checkpoint stores no other position.
 import argparse
 import contextlib
 import functools
+import glob
 import importlib.util
 import json
 import math
@@ -75,10 +76,9 @@ class TrainConfig:
     init_from: str = setting("", "checkpoint with weights and sizes to begin with; empty: none")
     device: str = setting("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"),
                           **HOW)
-    dtype: str = setting("auto", "bfloat16: float32 weights, bfloat16 compute; pure_bfloat16: as "
-                         "the released code, no float32 copy of matrices; auto: bfloat16 on a cuda "
-                         "device that has it, else float32",
-                         ("auto", "float32", "bfloat16", "pure_bfloat16"))
+    dtype: str = setting("auto", "bfloat16: float32 weights, bfloat16 compute; pure_bfloat16: also "
+                         "matrices, as released; auto: bfloat16 on a cuda device that has it, else "
+                         "float32", ("auto", "float32", "bfloat16", "pure_bfloat16"))
     compile: bool | None = setting(None, "torch.compile; none: on cuda", **HOW)
     deterministic: bool | None = setting(None, "deterministic algorithms; none: on a CPU", **HOW)
 
@@ -142,8 +142,7 @@ class Tokens:
         self.block_size = model_config.block_size
         self.paths = find_shards(folder, split)
         self.counts = [shard_tokens(path) for path in self.paths]
-        windows = [(count - 1) // self.block_size for count in self.counts]
-        self.starts = np.cumsum([0] + windows)
+        self.starts = np.cumsum([0] + [(count - 1) // self.block_size for count in self.counts])
         if len(self) == 0:
             least = self.block_size + 1
             raise UserError(f"{folder}: no {split} shard holds block_size + 1 = {least} tokens; "
@@ -598,10 +597,11 @@ def resumed_settings(variant, given, checkpoint, path):
 
     UserError where these make it another run.
     """
-    stored = checkpoint["train_config"]
-    # format 1 had max_minutes, and the two switches as text
-    spelled = {"true": True, "false": False}
-    stored = {k: spelled.get(v, v) for k, v in stored.items() if k != "max_minutes"}
+    stored = dict(checkpoint["train_config"])
+    stored.pop("max_minutes", None)  # format 1 had it, and two switches as text
+    for name in ("compile", "deterministic"):
+        if stored.get(name) in ("true", "false"):
+            stored[name] = stored[name] == "true"
     old = {
         **asdict(config_from(ModelConfig, checkpoint["model_config"], path)),
         **asdict(config_from(TrainConfig, stored, path)),
@@ -816,7 +816,12 @@ class RunFolder:
             self.size = os.fstat(self.log.fileno()).st_size
 
     def follow_log(self):
-        """Say so where log.jsonl was removed, replaced or cut; go on in the file of that name."""
+        """Say so where log.jsonl was removed, replaced or cut; go on in the file of that name.
+
+        Not where the folder itself was: another run may have one there, and the next save says it.
+        """
+        if not still_locked(self.lock):
+            return
         held = os.fstat(self.log.fileno())
         there = os.path.exists(self.log_path) and os.path.samestat(held, os.stat(self.log_path))
         if there and held.st_size >= self.size:
@@ -914,12 +919,11 @@ def state_of(trainer):
 def load_state(trainer, checkpoint, path):
     """Continue from what `state_of` returned. UserError where it does not fit this run."""
     for split, new in trainer.shards.items():
-        old = checkpoint["shards"][split]
-        if old != new:
+        if checkpoint["shards"].get(split) != new:
             raise UserError(
-                f"--data={trainer.config.data}: its {split} shards are not those that the run "
-                f"began with ({len(old)}, {sum(entry[1] for entry in old):,} tokens); bring the "
-                "old data back")
+                f"--data={trainer.config.data}: its {split} shards ({len(new)}, "
+                f"{sum(tokens for _, tokens, _ in new):,} tokens) are not those that the run began "
+                "with; bring the old data back")
     misfit = first_misfit(trainer, checkpoint)
     if misfit:
         raise UserError(f"{path} is not the whole state of this run: {misfit}")
@@ -956,6 +960,8 @@ def fits(optimizer, state, step):
     sizes = [p.numel() for p in parameters_of(optimizer)]
     entries = state.get("state") if isinstance(state, dict) else None
     if not isinstance(entries, dict) or set(entries) != set(range(len(sizes) if step else 0)):
+        return False
+    if not all(isinstance(entry, dict) for entry in entries.values()):
         return False
     if len({frozenset(entry) for entry in entries.values()}) > 1:
         return False  # a moment is missing
@@ -1288,22 +1294,25 @@ def prepare(argv):
 def folder_for(name, resuming):
     """The run folder where none is given: `name`, or name-2, name-3, ... for later runs.
 
-    A new run takes the first without a run in it; a resumed one the last with one.
+    A new run takes the first without a run in it; a resumed one that which was written last.
     """
+    if resuming:
+        paths = glob.glob(f"{glob.escape(name)}-*")
+        numbered = [path for path in paths if path[len(name) + 1 :].isdecimal()]
+        return max([name, *numbered], key=last_written)
     path = name
-    last = name
     n = 1
-    while holds_run(path):
-        last = path
+    while last_written(path):
         n += 1
         path = f"{name}-{n}"
-    return last if resuming else path
+    return path
 
 
-def holds_run(path):
-    """Whether a run has written into this folder."""
+def last_written(path):
+    """When a run has last written into this folder; 0 where none has."""
     names = os.listdir(path) if os.path.isdir(path) else []
-    return any(re.fullmatch(r"ckpt_\d+\.pt|log\.jsonl", name) for name in names)
+    ours = [name for name in names if re.fullmatch(r"ckpt_\d+\.pt|log\.jsonl", name)]
+    return max((os.path.getmtime(os.path.join(path, name)) for name in ours), default=0)
 
 
 def open_folder(path, resuming):

@@ -190,17 +190,21 @@ def test_a_log_whose_checkpoints_were_deleted_is_not_emptied(flags, data, tmp_pa
     assert (tmp_path / "a" / "log.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n'
 
 
-def test_the_same_command_twice_trains_twice_and_resume_takes_the_last(data, tmp_path, monkeypatch):
+def test_the_same_command_twice_trains_twice_and_resume_takes_the_newest(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [f"--data={data}", *SMALL, "--variant=base", "--max_steps=1"]
     for name in ("smoke-base", "smoke-base-2", "smoke-base-3"):
         assert run_main(*flags) == 0
         assert newest_of(tmp_path / "out" / name) == "ckpt_000001.pt"
     shutil.rmtree(tmp_path / "out" / "smoke-base-2")
-    assert run_main("--variant=base", "--resume", "--max_steps=2") == 0
-    assert newest_of(tmp_path / "out" / "smoke-base") == "ckpt_000002.pt"
-    assert run_main(*flags) == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["smoke-base", "smoke-base-2", "smoke-base-3"]
+    (tmp_path / "out" / "smoke-base-9").mkdir()
+    (tmp_path / "out" / "smoke-base_more").mkdir()
+    (tmp_path / "out" / "smoke-base_more" / "log.jsonl").write_text("", encoding="utf-8")
+    for step, newest, taken in ((2, "smoke-base-3", "smoke-base-2"), (3, "smoke-base-2", "smoke-base-4")):
+        assert run_main("--variant=base", "--resume", f"--max_steps={step}") == 0
+        assert newest_of(tmp_path / "out" / newest) == f"ckpt_{step:06d}.pt"
+        assert run_main(*flags) == 0
+        assert newest_of(tmp_path / "out" / taken) == "ckpt_000001.pt"
 
 
 def test_a_run_whose_folder_was_moved_stops_and_leaves_the_other_run_alone(data, tmp_path):
@@ -210,10 +214,13 @@ def test_a_run_whose_folder_was_moved_stops_and_leaves_the_other_run_alone(data,
             os.rename(tmp_path / "a", tmp_path / "old")
             shutil.copytree(tmp_path / "old", tmp_path / "a")
             (tmp_path / "a" / "ckpt_000004.pt").write_bytes(b"of another run")
+            (tmp_path / "a" / "log.jsonl").write_bytes(b"of another run")
     with pytest.raises(UserError, match="the folder of this run was moved, removed or replaced"):
         train_fully(tmp_path / "a", data, "--keep=1", before_step=move)
     assert newest_of(tmp_path / "a") == newest_of(tmp_path / "old") == "ckpt_000004.pt"
-    assert (tmp_path / "a" / "ckpt_000004.pt").read_bytes() == b"of another run"
+    for name in ("ckpt_000004.pt", "log.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == b"of another run"
+    assert log_of(tmp_path / "old")[-1]["step"] == 8
 
 
 @pytest.mark.parametrize("environment, words", [
