@@ -447,9 +447,7 @@ def parse_arguments():
     parser.add_argument(
         "--out_dir", default="", help="folder of the runs and tables (default: out/sweep-SETTING)"
     )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="train nothing; print what would run and how long"
-    )
+    parser.add_argument("--dry_run", action="store_true", help="print what would run and how long")
     parser.add_argument(
         "train_flags",
         nargs="*",

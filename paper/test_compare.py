@@ -456,8 +456,8 @@ def test_the_agreement_with_the_paper_is_over_rows_of_table_3_and_within_kinds(t
     odd = write_run(tmp_path / "odd", [(0, 8.0), (400, 1.0)], "exo", optimizer="adamw")
     text = cells([*write_ends(tmp_path, ends), odd])[1]
     line = next(line for line in text.split("\n") if "Spearman" in line)
-    r, n = 33 / 35, 6
-    half = 1.959964 * math.sqrt((1 + r * r / 2) / (n - 3))
+    r = 33 / 35
+    half = 1.959964 * math.sqrt((1 + r * r / 2) / (6 - 3))
     low, high = (math.tanh(math.atanh(r) + sign * half) for sign in (-1, 1))
     assert f"+0.94 [{low:+.2f}, {high:+.2f}] (all rows: 6), +0.80 [" in line
     assert line.endswith("(a gate and an anchor: 4)")  # two of nuresformer's are too few
@@ -609,8 +609,9 @@ def test_one_table_comes_from_the_files_of_two_seeds_of_which_one_is_unfinished(
     assert (found["exo", "val loss"], found["exo", "sd"]) == ("3.5500", "0.0707")
     assert found["resformer", "runs"] == "1"
     assert found["resformer", "loss - base"].startswith("-0.4000 +- ")
-    one, two = ((8 - 4.0) / (8 - 3.5), (8 - 4.2) / (8 - 3.6))  # the share of the way, inverted
-    ratio = f"{(1 / one + 1 / two) / 2:.2f}x ({1 / one:.2f} to {1 / two:.2f})"
+    one = (8 - 3.5) / (8 - 4.0)  # the way of exo to 400 tokens over that to base's last loss
+    two = (8 - 3.6) / (8 - 4.2)
+    ratio = f"{(one + two) / 2:.2f}x ({one:.2f} to {two:.2f})"
     assert found["exo", "tokens, base / own"] == ratio
     assert found["resformer", "tokens, base / own"] == "1.10x"  # 4.4 / 4
 
