@@ -2202,6 +2202,280 @@ def test_a_planted_nan_stops_the_run_and_is_never_saved(where, row, data, tmp_pa
     assert newest_of(tmp_path / "a") == "ckpt_000004.pt" and log_of(tmp_path / "a")[-1]["step"] == 6
 
 
+# What a run shows of each setting, for several of its values. The plain run has 4 steps.
+PLAIN = ["--max_steps=4", "--variant=exo_dynamic"]
+LEARNING = set(
+    """seed dtype total_batch_size mask_documents optimizer muon_lr muon_momentum muon_ramp
+    muon_beta2 muon_dtype muon_fused adamw_lr weight_decay warmup_steps decay_fraction final_lr
+    grad_clip z_loss data init_from""".split()
+)
+
+
+def rates(run):
+    """The learning rate of Muon in each step."""
+    return [round(record["lr"], 6) for record in log_of(run.folder, "loss")]
+
+
+def steps_with(key):
+    """A function of a run: the steps whose records have `key`."""
+    return lambda run: [record["step"] for record in log_of(run.folder, key)]
+
+
+def checkpoints_of(run):
+    return sorted(int(name[5:-3]) for name in os.listdir(run.folder) if name.startswith("ckpt"))
+
+
+def group_value(which, name):
+    """A function of a run: what the first group of an optimizer says of `name` at the end."""
+    return lambda run: round(run.trainer.optimizers[which].param_groups[0][name], 8)
+
+
+def streams(run):
+    """The dtypes of the residual stream and of the weights of matrices."""
+    seen = []
+    hook = run.trainer.model.final_norm.register_forward_hook(lambda m, args, out: seen.append(out))
+    T.evaluate_batch(run.trainer, np.zeros((2, 33), np.int64))
+    hook.remove()
+    return seen[0].dtype, run.trainer.model.head.weight.dtype
+
+
+USUAL = [0.005, 0.01, 0.01, 0.0055]             # warm-up 2 steps, the last half falls to a tenth
+F32 = torch.float32
+BF16 = torch.bfloat16
+# fmt: off
+TRAINING_EFFECTS = {
+    "seed": (lambda run: run.trainer.train.shuffled(run.trainer.config.seed, 0, 41)[0][0] == run.first_token,
+             {1337: True, 6: False}),
+    "max_steps": (steps_with("loss"), {4: [1, 2, 3, 4]}),
+    "batch_size": (lambda run: run.trainer.count_passes(), {1: 4, 2: 2, 4: 1}),
+    "total_batch_size": (lambda run: (run.trainer.count_passes(), run.trainer.tokens), {128: (2, 512), 64: (1, 256)}),
+    "mask_documents": (lambda run: T.to_batch(np.array([[256, 1, 256, 3]]), 256, run.trainer.config)[2] is None,
+                       {True: False, False: True}),
+    "dtype": (streams, {"float32": (F32, F32), "bfloat16": (BF16, F32), "pure_bfloat16": (BF16, BF16)}),
+    "optimizer": (lambda run: [type(o).__name__ for o in run.trainer.optimizers],
+                  {"muon": ["Muon", "AdamW"], "adamw": ["AdamW"]}),
+    "muon_lr": (rates, {0.01: USUAL, 0.02: [2 * rate for rate in USUAL]}),
+    "muon_momentum": (group_value(0, "momentum"), {0.95: 0.95, 0.5: 0.5}),
+    "muon_ramp": (group_value(0, "momentum"), {False: 0.95, True: 0.851}),
+    "muon_beta2": (group_value(0, "beta2"), {0.9: 0.9}),
+    "muon_dtype": (lambda run: run.polar_dtypes, {"float32": {F32}, "bfloat16": {BF16}}),
+    "muon_fused": (lambda run: {g["parts"] for g in run.trainer.optimizers[0].param_groups},
+                   {False: {1, 2, 4}, True: {1}}),
+    "adamw_lr": (group_value(-1, "lr"), {0.003: 0.00165, 0.006: 0.0033}),
+    "weight_decay": (group_value(0, "weight_decay"), {0.1: 0.1, 0.5: 0.5}),
+    "warmup_steps": (rates, {2: USUAL, 4: [0.0025, 0.005, 0.0075, 0.0055], 0: [0.01, 0.01, 0.01, 0.0055]}),
+    "decay_fraction": (rates, {0.5: USUAL, 1: [0.005, 0.00775, 0.0055, 0.00325], 0: [0.005, 0.01, 0.01, 0.01]}),
+    "final_lr": (rates, {0.1: USUAL, 0.9: [0.005, 0.01, 0.01, 0.0095]}),
+    "grad_clip": (lambda run: run.clipped, {1.0: True, 0.01: True, 0: False}),
+    "z_loss": (lambda run: run.trainer.objective.z_loss, {1e-5: 1e-5, 0.1: 0.1}),
+    "eval_every": (steps_with("val_loss"), {4: [0, 4], 2: [0, 2, 4], 0: [0, 4]}),
+    "eval_tokens": (lambda run: run.evaluated[0], {160: 5, 32: 1, 33: 2, 64: 2, 0: 5, 999: 5}),
+    "final_eval_tokens": (lambda run: run.evaluated[-1], {160: 5, 32: 1, 33: 2, 64: 2, 0: 5}),
+    "save_every": (checkpoints_of, {4: [0, 4], 1: [0, 1, 2, 3, 4], 3: [0, 3, 4], 0: [0, 4]}),
+    "keep": (checkpoints_of, {1: [4], 2: [0, 4], 0: [0, 4]}),
+    "log_every": (lambda run: len(re.findall(r"^step +\d/4", run.out, re.M)), {1: 4, 2: 3, 4: 2}),
+    "sample_tokens": (lambda run: run.out.count("sample:"), {0: 0, 8: 1}),
+    "deterministic": (lambda run: run.deterministic, {True: 1, False: 0}),
+}
+# fmt: on
+ELSEWHERE = {                                   # the test that holds what the setting does
+    "data": "test_resume_announces_what_may_change",
+    "out_dir": "test_resume_is_bitwise",
+    "resume": "test_resume_is_bitwise",
+    "init_from": "test_init_from_takes_weights_and_sizes_of_a_checkpoint",
+    "device": "test_auto_is_decided_by_the_device_and_what_is_given_stays",
+    "compile": "test_two_processes_equal_one_with_two_accumulations_bit_for_bit",
+}
+
+
+def observed_run(folder, data, *flags):
+    """A run of 4 steps with all that the table above looks at."""
+    run = types.SimpleNamespace(folder=folder, clipped=False, polar_dtypes=set(), deterministic=0)
+    run.evaluated = []                              # windows of each evaluation
+    polar_express = T.polar_express
+    read_validation = T.read_validation
+    clip = torch.nn.utils.clip_grads_with_norm_
+
+    def polar(G, dtype):
+        run.polar_dtypes.add(dtype)
+        return polar_express(G, dtype)
+
+    def clip_seen(*args):
+        run.clipped = True
+        clip(*args)
+
+    def deterministic():
+        run.deterministic += 1
+
+    def read_seen(trainer, first, n):
+        run.evaluated += [n] if first == 0 else []
+        return read_validation(trainer, first, n)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(T, "polar_express", polar)
+        patch.setattr(torch.nn.utils, "clip_grads_with_norm_", clip_seen)
+        patch.setattr(T, "use_deterministic_algorithms", deterministic)
+        patch.setattr(T, "read_validation", read_seen)
+        run.trainer, run_folder = start(folder, data, *PLAIN, *flags)
+        run.first_token = run.trainer.train.shuffled(1337, 0, 41)[0][0]
+        try:
+            T.run(run.trainer, run_folder, Quiet())
+        finally:
+            close(run_folder)
+    T.conclude(run.trainer, "", "")
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain_run(data, tmp_path_factory):
+    return observed_run(tmp_path_factory.mktemp("plain") / "a", data)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(T.TrainConfig)])
+def test_every_setting_of_training_has_its_effect(name, plain_run, data, tmp_path, capsys):
+    """On what it governs; and on the weights after 4 steps, if and only if it is one that is learnt from."""
+    if name in ELSEWHERE:
+        sources = [HERE / "test_model.py", HERE / "paper" / "test_runs.py"]
+        assert any(f"def {ELSEWHERE[name]}(" in path.read_text(encoding="utf-8") for path in sources)
+        return
+    assert name in TRAINING_EFFECTS, f"say in TRAINING_EFFECTS what the setting {name} does"
+    what_it_governs, expected = TRAINING_EFFECTS[name]
+    plain = plain_run.trainer
+    for value, seen in expected.items():
+        run = observed_run(tmp_path / str(value), data, f"--{name}={value}")
+        run.out = capsys.readouterr().out
+        assert what_it_governs(run) == seen, value
+        pairs = zip(plain.model.parameters(), run.trainer.model.parameters())
+        apart = max((p.float() - q.float()).abs().max().item() for p, q in pairs)
+        learns_alike = vars(plain.config)[name] == value or name not in LEARNING
+        assert (apart < 1e-5) == learns_alike, (value, apart)
+
+
+def test_the_defaults_are_the_recipe_of_table_4():
+    """Typed from the paper and its released code."""
+    recipe = dict(
+        max_steps=38147, total_batch_size=262144, warmup_steps=1000, decay_fraction=0.2, final_lr=0.1,
+        muon_lr=0.01, muon_momentum=0.95, adamw_lr=0.003, weight_decay=0.1, grad_clip=1.0, z_loss=1e-5,
+        optimizer="muon", muon_ramp=False, muon_beta2=0.0, muon_fused=False, mask_documents=True,
+        final_eval_tokens=0,
+    )
+    config = T.TrainConfig(device="cpu")
+    assert {name: vars(config)[name] for name in recipe} == recipe
+    assert ModelConfig().block_size == 2048 and 128 * 2048 == config.total_batch_size
+    assert round(config.max_steps * config.total_batch_size / 1e9, 1) == 10.0
+    by_hand = {0: 1 / 1000, 499: 0.5, 999: 1.0, 30517: 1.0, 30518: 1.0, 38146: 1 - 0.9 * 7628 / 7629}
+    for step, share in by_hand.items():
+        assert abs(T.lr_multiplier(step, config) - share) < 1e-12, step
+    assert T.PRESETS["paper"] == {}
+    made, adamw = T.build_optimizers(tiny("exo_dynamic"), config)
+    for group in made.param_groups:
+        assert (group["nesterov"], group["cautious"], group["beta2"]) == (True, True, None)
+        assert (group["weight_decay"], group["peak_lr"], group["momentum"]) == (0.1, 0.01, 0.95)
+    for group in adamw.param_groups:
+        assert (group["betas"], group["eps"], group["peak_lr"]) == ((0.9, 0.95), 1e-8, 0.003)
+        assert group["weight_decay"] == 0.0
+
+
+def test_what_may_change_on_resuming_is_declared_and_no_part_of_the_recipe():
+    may_change = {f.name for f in fields(T.TrainConfig) if f.metadata.get("resume")}
+    assert may_change == set(
+        """data out_dir resume device compile deterministic max_steps batch_size muon_lr adamw_lr
+        warmup_steps decay_fraction final_lr eval_every eval_tokens final_eval_tokens save_every keep
+        log_every sample_tokens""".split()
+    )
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_touches_no_weight(data, tmp_path):
+    trainer, run_folder = start(tmp_path / "a", data)
+    close(run_folder)
+    weight = trainer.model.get_parameter("layers.1.mlp.up.weight")
+    weight.register_hook(lambda grad: grad * math.nan)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(T.Diverged, match="gradient norm nan.*gradient of layers.1.mlp.up.weight"):
+        trainer.update(trainer.read_step())
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("length, windows", [(33, 1), (64, 1), (65, 2), (66, 2)])
+def test_a_window_needs_one_token_more_than_it_predicts(length, windows, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "t_train_000001.bin").unlink()
+    pf.write_shard(tmp_path / "data" / "t_train_000000.bin", np.arange(length) % 97)
+    config = ModelConfig(**{**TINY, "block_size": 32, "vocab_size": 320}, tokenizer="bytes")
+    split = T.Tokens(tmp_path / "data", "train", config)
+    assert len(split) == windows
+    assert split.window(windows - 1).tolist() == [i % 97 for i in range(32 * windows - 32, 32 * windows + 1)]
+
+
+def test_each_step_draws_other_random_numbers(data, tmp_path, monkeypatch):
+    forward = T.Objective.forward
+    seeds = []
+
+    def seen(objective, *batch):
+        seeds.append(torch.initial_seed())
+        return forward(objective, *batch)
+
+    monkeypatch.setattr(T.Objective, "forward", seen)
+    train_fully(tmp_path / "a", data, "--max_steps=3", "--eval_every=0", "--seed=50", "--batch_size=4")
+    assert set(seeds) == {50, 51, 52}
+
+
+def test_the_last_step_is_saved_before_its_evaluation(data, tmp_path, monkeypatch):
+    """Also where no checkpoint is due."""
+    saved_at = []
+    evaluate = T.evaluate
+
+    def look(trainer, tokens, stop):
+        saved_at.append((trainer.step, trainer.saved))
+        return evaluate(trainer, tokens, stop)
+
+    monkeypatch.setattr(T, "evaluate", look)
+    train_fully(tmp_path / "a", data, "--max_steps=4", "--save_every=3")
+    assert saved_at == [(0, 0), (4, 4)]
+
+
+def test_the_best_loss_is_the_lowest_not_the_last(data, tmp_path, monkeypatch):
+    losses = iter([5.0, 2.0, 3.0])
+    monkeypatch.setattr(T, "evaluate_batch", lambda trainer, windows: torch.tensor([next(losses), 1.0, 32.0]).double())
+    flags = ["--max_steps=4", "--eval_every=2", "--eval_tokens=32", "--final_eval_tokens=32"]
+    assert train_fully(tmp_path / "a", data, *flags).best_val == 2.0
+
+
+def test_a_variant_named_on_resuming_may_have_other_layers(whole, tmp_path):
+    """The row of Table 3 has 29 layers, the run 2."""
+    assert resume(copied(whole, tmp_path / "a"), "--variant=exo_dynamic", "--max_steps=13").step == 13
+
+
+def test_a_checkpoint_is_written_when_the_log_it_counts_is_on_the_disk(whole, tmp_path, monkeypatch):
+    run_folder = T.RunFolder(str(tmp_path / "a"), resume=False)
+    run_folder.open_log(0)
+    order = []
+    fsync = os.fsync
+    save_checkpoint = T.save_checkpoint
+    monkeypatch.setattr(os, "fsync", lambda number: [order.append(number), fsync(number)])
+    monkeypatch.setattr(T, "save_checkpoint", lambda *args: [order.append("save"), save_checkpoint(*args)])
+    assert run_folder.save(dict(step=1), keep=0)
+    assert order[:2] == [run_folder.log.fileno(), "save"]
+    close(run_folder)
+
+
+def test_gradients_of_every_dtype_are_summed_over_the_processes(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))]
+    for p in parameters:
+        p.grad = torch.full_like(p, 1.5)
+    monkeypatch.setattr(T, "WORLD_SIZE", 2)
+    monkeypatch.setattr(T.dist, "all_reduce", lambda tensor, op: tensor.mul_(2))
+    T.all_reduce_gradients(parameters)
+    assert all((p.grad == 3).all() and p.grad.dtype == p.dtype for p in parameters)
+
+
+def test_init_from_is_refused_on_data_of_another_tokenizer(data, tmp_path):
+    model = tiny("exo", n_layer=2, n_embd=32, ffn_dim=64, n_head=2)
+    path = saved(model, tmp_path / "gpt2.pt")
+    with pytest.raises(UserError, match="holds bytes tokens, but the model in --init_from=.* was trained on gpt2"):
+        start(tmp_path / "a", data, f"--init_from={path}")
+
+
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 @pytest.mark.parametrize("variant, flags", [

@@ -457,6 +457,17 @@ def test_a_signal_is_obeyed_after_the_step(name, times, data, handlers, tmp_path
     assert newest_of(tmp_path / "a") == "ckpt_000005.pt"
 
 
+@pytest.mark.parametrize("processes, second", [(1, signal.SIG_DFL), (2, signal.SIG_IGN)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_a_single_process_and_no_other(number, processes, second, handlers, monkeypatch):
+    """torchrun sends it twice to each of several processes."""
+    monkeypatch.setattr(T, "WORLD_SIZE", processes)
+    stop = T.Stop()
+    assert signal.getsignal(number) == stop.ask
+    os.kill(os.getpid(), number)
+    assert stop.signal == number and signal.getsignal(number) == second
+
+
 def test_a_hangup_is_ignored_under_nohup(handlers):
     """nohup starts a program with SIGHUP ignored, so that it outlives the terminal."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
