@@ -1914,18 +1914,24 @@ def test_decay_in_pure_bfloat16_is_rounded_away_as_in_the_released_code():
     assert changed[torch.bfloat16] == 0 and changed[torch.float32] > 0.9
 
 
-# --------------------------------------------------------------------------------------------------- one training step
+# -------------------------------------------------------------------------------- one training step
 
-SMALL = """--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --ffn_dim=64 --block_size=32 --batch_size=2
-    --total_batch_size=128 --max_steps=12 --warmup_steps=2 --eval_every=4 --eval_tokens=160 --final_eval_tokens=160
-    --save_every=4 --keep=9 --sample_tokens=8""".split()
+SMALL = """--device=cpu --n_layer=2 --n_head=2 --n_embd=32 --ffn_dim=64 --block_size=32
+    --batch_size=2 --total_batch_size=128 --max_steps=12 --warmup_steps=2 --eval_every=4
+    --eval_tokens=160 --final_eval_tokens=160 --save_every=4 --keep=9 --sample_tokens=8""".split()
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A folder of byte-level shards: two for training (41 windows), one for validation; a document is 70 tokens."""
-    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
-    for name, length in (("t_train_000000.bin", 900), ("t_train_000001.bin", 420), ("t_val_000000.bin", 170)):
+    """A folder of byte-level shards: two for training (41 windows), one for validation; a document
+    is 70 tokens."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    for name, length in (
+        ("t_train_000000.bin", 900),
+        ("t_train_000001.bin", 420),
+        ("t_val_000000.bin", 170),
+    ):
         ids = rng.integers(97, 123, length)
         ids[0::70] = 256
         pf.write_shard(folder / name, ids)
@@ -1937,7 +1943,8 @@ class Quiet(T.Stop):
     """Stop without signal handlers."""
 
     def __init__(self):
-        self.signal, self.problem = 0, ""
+        self.signal = 0
+        self.problem = ""
 
 
 def start(folder, data, *flags):
@@ -1946,21 +1953,27 @@ def start(folder, data, *flags):
 
 
 def close(run_folder):
-    run_folder.log.close(), run_folder.lock.lock.release()
+    run_folder.log.close()
+    run_folder.lock.lock.release()
 
 
 def train_fully(folder, data, *flags, stop_after=None, before_step=lambda trainer: None):
-    """Run to the end, or as if SIGTERM came in step `stop_after`. Returns the trainer, which knows its Stop and why it
-    `stopped`; the run folder is free again, whatever happened."""
-    trainer, run_folder = (T.prepare([f"--out_dir={folder}", *flags]) if "--resume" in flags
-                           else start(folder, data, *flags))
-    trainer.stop, update = Quiet(), trainer.update
+    """Run to the end, or as if SIGTERM came in step `stop_after`. Returns the trainer, which knows
+    its Stop and why it `stopped`; the run folder is free again, whatever happened."""
+    trainer, run_folder = (
+        T.prepare([f"--out_dir={folder}", *flags])
+        if "--resume" in flags
+        else start(folder, data, *flags)
+    )
+    trainer.stop = Quiet()
+    update = trainer.update
 
     def update_then_stop(windows):
         before_step(trainer)
         record = update(windows)
         trainer.stop.signal = signal.SIGTERM if trainer.step == stop_after else 0
         return record
+
     trainer.update = update_then_stop
     try:
         trainer.stopped = T.run(trainer, run_folder, trainer.stop)
@@ -1975,7 +1988,8 @@ def resume(folder, *flags, **options):
 
 @pytest.fixture(scope="session")
 def whole(data, tmp_path_factory):
-    """The trainer of an undisturbed run of 12 steps in the folder `whole.config.out_dir`, which tests copy."""
+    """The trainer of an undisturbed run of 12 steps in the folder `whole.config.out_dir`, which
+    tests copy."""
     return train_fully(tmp_path_factory.mktemp("whole") / "a", data)
 
 
@@ -1985,24 +1999,35 @@ def copied(whole, folder):
 
 def same_state(a, b):
     """Names of the tensors that differ between two runs: weights and all optimizer states."""
-    pairs = [(f"weight {n}", p, q) for (n, p), q in zip(a.model.state_dict().items(), b.model.state_dict().values())]
+    pairs = [
+        (f"weight {n}", p, q)
+        for (n, p), q in zip(a.model.state_dict().items(), b.model.state_dict().values())
+    ]
     for x, y in zip(a.optimizers, b.optimizers):
-        for i, (s, t) in enumerate(zip(x.state_dict()["state"].values(), y.state_dict()["state"].values())):
+        for i, (s, t) in enumerate(
+            zip(x.state_dict()["state"].values(), y.state_dict()["state"].values())
+        ):
             pairs += [(f"{type(x).__name__} {i} {key}", s[key], t[key]) for key in s]
     return [name for name, p, q in pairs if not torch.equal(torch.as_tensor(p), torch.as_tensor(q))]
 
 
 def log_of(folder, key=""):
     """The records of a run's log without their times; those with `key`, if one is given."""
-    records = [{k: v for k, v in json.loads(line).items() if k != "ms"} for line in open(folder / "log.jsonl")]
+    records = [
+        {k: v for k, v in json.loads(line).items() if k != "ms"}
+        for line in open(folder / "log.jsonl")
+    ]
     return [record for record in records if key in record or not key]
 
 
 def test_learning_rate_and_momentum_follow_table_4():
-    schedule, paper = OPTIM["schedule"], T.TrainConfig()
+    schedule = OPTIM["schedule"]
+    paper = T.TrainConfig()
     ours = [T.lr_multiplier(step, paper) for step in schedule["paper_steps"]]
     np.testing.assert_allclose(ours, schedule["paper_linear_mult"], rtol=0, atol=1e-12)
-    momentum = [T.muon_momentum(step, T.TrainConfig(muon_ramp=True)) for step in schedule["momentum_steps"]]
+    momentum = [
+        T.muon_momentum(step, T.TrainConfig(muon_ramp=True)) for step in schedule["momentum_steps"]
+    ]
     np.testing.assert_allclose(momentum, schedule["momentum"], atol=1e-12)
     assert T.muon_momentum(5, paper) == 0.95
     assert max(T.lr_multiplier(step, paper) for step in range(0, 38147, 7)) == 1.0
@@ -2013,8 +2038,12 @@ def test_learning_rate_and_momentum_follow_table_4():
 def test_optimizers_partition_the_parameters_and_only_matrices_decay(variant, optimizer):
     """Embedding, head, gains, lambdas and biases are AdamW's, and left alone by the decay."""
     model = ExoFormer(variant_config(variant, **TINY))
-    optimizers = T.build_optimizers(model, T.TrainConfig(device="cpu", optimizer=optimizer, weight_decay=0.25))
-    groups = [(o, group, p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    optimizers = T.build_optimizers(
+        model, T.TrainConfig(device="cpu", optimizer=optimizer, weight_decay=0.25)
+    )
+    groups = [
+        (o, group, p) for o in optimizers for group in o.param_groups for p in group["params"]
+    ]
     assert sorted(id(p) for _, _, p in groups) == sorted(id(p) for p in model.parameters())
     found = {id(p): (o, group) for o, group, p in groups}
     for name, p in model.named_parameters():
@@ -2022,15 +2051,25 @@ def test_optimizers_partition_the_parameters_and_only_matrices_decay(variant, op
         matrix = p.dim() == 2 and "lambda" not in name and not name.startswith(("embed", "head"))
         assert group["weight_decay"] == (0.25 if matrix else 0.0), name
         assert isinstance(owner, muon.Muon) == (matrix and optimizer == "muon"), name
-        parts = len(model.config.mix if "anchor" in name else model.config.components) if "project" in name else 1
-        assert group.get("parts", 1) == (2 if ".up." in name else parts) or optimizer == "adamw", name
+        parts = (
+            len(model.config.mix if "anchor" in name else model.config.components)
+            if "project" in name
+            else 1
+        )
+        assert group.get("parts", 1) == (2 if ".up." in name else parts) or optimizer == "adamw", (
+            name
+        )
         assert group.get("betas", (0.9, 0.95)) == (0.9, 0.95)
 
 
-@pytest.mark.parametrize("device, expected", [
-    ("cpu", dict(dtype="float32", muon_dtype="float32", compile=False, deterministic=True)),
-    ("mps", dict(dtype="float32", muon_dtype="float32", compile=False, deterministic=False)),
-    ("cuda", dict(dtype="bfloat16", muon_dtype="bfloat16", compile=True, deterministic=False))])
+@pytest.mark.parametrize(
+    "device, expected",
+    [
+        ("cpu", dict(dtype="float32", muon_dtype="float32", compile=False, deterministic=True)),
+        ("mps", dict(dtype="float32", muon_dtype="float32", compile=False, deterministic=False)),
+        ("cuda", dict(dtype="bfloat16", muon_dtype="bfloat16", compile=True, deterministic=False)),
+    ],
+)
 def test_auto_is_decided_by_the_device_and_what_is_given_stays(device, expected, monkeypatch):
     monkeypatch.setattr(T, "choose_device", lambda name: device)
     monkeypatch.setattr(T, "has_bfloat16", lambda device: device == "cuda")
@@ -2043,23 +2082,31 @@ def test_auto_is_decided_by_the_device_and_what_is_given_stays(device, expected,
 
 def test_pure_bfloat16_casts_matrices_and_embedding_alone():
     """As the released code: in bfloat16 a lambda of 1.0 does not move by steps of 0.003."""
-    model = T.build_model(variant_config("exo_dynamic", **TINY), T.TrainConfig(device="cpu", dtype="pure_bfloat16"))
+    model = T.build_model(
+        variant_config("exo_dynamic", **TINY), T.TrainConfig(device="cpu", dtype="pure_bfloat16")
+    )
     for name, p in model.named_parameters():
-        assert p.dtype == (torch.bfloat16 if p.dim() == 2 and "lambda" not in name else torch.float32), name
+        assert p.dtype == (
+            torch.bfloat16 if p.dim() == 2 and "lambda" not in name else torch.float32
+        ), name
 
 
 @pytest.mark.parametrize("clip", [0.5, 1e9, 0])
 def test_a_step_follows_the_clipped_gradient_of_the_mean_loss(clip, data, tmp_path):
-    """Two passes of two sequences, against one float64 pass of all four: cross-entropy, z, norm, and how far plain
-    gradient descent in the optimizers' place moves each weight."""
-    trainer, run_folder = start(tmp_path / "a", data, f"--grad_clip={clip}", "--z_loss=0.01", "--variant=exo_dynamic")
+    """Two passes of two sequences, against one float64 pass of all four: cross-entropy, z, norm,
+    and how far plain gradient descent in the optimizers' place moves each weight."""
+    trainer, run_folder = start(
+        tmp_path / "a", data, f"--grad_clip={clip}", "--z_loss=0.01", "--variant=exo_dynamic"
+    )
     close(run_folder)
     for p in trainer.model.parameters():
-        p.data += 0.05 * torch.randn_like(p)                                # at init most gradients are zero
+        p.data += 0.05 * torch.randn_like(p)  # at init most gradients are zero
     trainer.optimizers = [torch.optim.SGD(trainer.model.parameters(), lr=1.0)]
     trainer.optimizers[0].param_groups[0]["peak_lr"] = 0.003
-    exact, windows = copy.deepcopy(trainer.model).double(), trainer.train.shuffled(1337, 0, 4).astype(np.int64)
-    idx, targets = torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
+    exact = copy.deepcopy(trainer.model).double()
+    windows = trainer.train.shuffled(1337, 0, 4).astype(np.int64)
+    idx = torch.from_numpy(windows[:, :-1])
+    targets = torch.from_numpy(windows[:, 1:])
     logits = exact(idx, (idx == 256).cumsum(1))
     cross_entropy = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
     z = logits.exp().sum(-1).log().square().mean()
@@ -2067,11 +2114,16 @@ def test_a_step_follows_the_clipped_gradient_of_the_mean_loss(clip, data, tmp_pa
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in exact.parameters()))
     assert (norm > clip) == (clip < 1)
     shrunk = min(1, clip / norm) if clip else 1
-    record, step = trainer.update(trainer.read_step()), 0.003 / 2           # the first of two warm-up steps
-    assert record == pytest.approx(dict(step=1, loss=cross_entropy.item(), z=z.item(), grad_norm=norm, lr=step,
-                                        tokens=128), rel=1e-4)
+    record = trainer.update(trainer.read_step())
+    step = 0.003 / 2
+    assert record == pytest.approx(
+        dict(step=1, loss=cross_entropy.item(), z=z.item(), grad_norm=norm, lr=step, tokens=128),
+        rel=1e-4,
+    )
     for (name, p), q in zip(trainer.model.named_parameters(), exact.parameters()):
-        torch.testing.assert_close(p.double(), q - step * shrunk * q.grad, atol=2e-7, rtol=0, msg=name)
+        torch.testing.assert_close(
+            p.double(), q - step * shrunk * q.grad, atol=2e-7, rtol=0, msg=name
+        )
 
 
 @every_variant
@@ -2112,12 +2164,15 @@ def test_muon_and_adamw_run_at_the_rates_given_for_each(optimizer, peaks):
 def test_dropout_acts_in_training_alone(data, tmp_path, monkeypatch):
     """Neither in an evaluation, after which training goes on with it, nor in the sample."""
     forward = M.SwiGLU.forward
-    monkeypatch.setattr(M.SwiGLU, "forward", lambda layer, x: F.dropout(forward(layer, x), 0.5, layer.training))
+    monkeypatch.setattr(
+        M.SwiGLU, "forward", lambda layer, x: F.dropout(forward(layer, x), 0.5, layer.training)
+    )
     trainer = train_fully(tmp_path / "a", data)
     batch = T.to_batch(trainer.train.shuffled(1, 0, 4), 256, trainer.config)
 
     def loss():
         return trainer.objective(*batch)[1].item()
+
     losses = [T.evaluate(trainer, 0, Quiet())["val_loss"] for _ in range(2)]
     assert losses[0] == losses[1] == log_of(tmp_path / "a")[-1]["val_loss"]
     assert all(module.training for module in trainer.model.modules()) and loss() != loss()
@@ -2125,14 +2180,17 @@ def test_dropout_acts_in_training_alone(data, tmp_path, monkeypatch):
 
 
 def test_a_batch_ramp_counts_the_tokens_that_were_read(data, tmp_path, monkeypatch, capsys):
-    """64 tokens in each of the first 3 steps, then 128: log, budget, order of the data and resuming."""
+    """64 tokens in each of the first 3 steps, then 128: log, budget, order of the data and
+    resuming."""
     monkeypatch.setattr(T, "step_tokens", lambda step, config: 64 if step < 3 else 128)
-    read, window = [], T.Tokens.window
+    read = []
+    window = T.Tokens.window
 
     def noted(split, i):
         if len(split) == 41:
             read.append(i)
         return window(split, i)
+
     monkeypatch.setattr(T.Tokens, "window", noted)
     whole = train_fully(tmp_path / "a", data)
     tokens_of = [record["tokens"] for record in log_of(tmp_path / "a", "loss")]
@@ -2146,30 +2204,59 @@ def test_a_batch_ramp_counts_the_tokens_that_were_read(data, tmp_path, monkeypat
 
 
 def test_accumulation_computes_the_same_step(data, tmp_path):
-    a, b = (train_fully(tmp_path / name, data, f"--batch_size={n}", "--max_steps=2", "--optimizer=adamw")
-            for name, n in (("a", 4), ("b", 1)))
+    a, b = (
+        train_fully(
+            tmp_path / name, data, f"--batch_size={n}", "--max_steps=2", "--optimizer=adamw"
+        )
+        for name, n in (("a", 4), ("b", 1))
+    )
     for p, q in zip(a.model.parameters(), b.model.parameters()):
         torch.testing.assert_close(p, q, atol=2e-4, rtol=0)
-    assert abs(log_of(tmp_path / "a", "loss")[0]["loss"] - log_of(tmp_path / "b", "loss")[0]["loss"]) < 1e-5
+    assert (
+        abs(log_of(tmp_path / "a", "loss")[0]["loss"] - log_of(tmp_path / "b", "loss")[0]["loss"])
+        < 1e-5
+    )
 
 
 def test_every_epoch_visits_every_window_once_in_its_own_order(data):
-    split = T.Tokens(data, "train", ModelConfig(**{**TINY, "block_size": 32, "vocab_size": 320}, tokenizer="bytes"))
+    split = T.Tokens(
+        data,
+        "train",
+        ModelConfig(**{**TINY, "block_size": 32, "vocab_size": 320}, tokenizer="bytes"),
+    )
     assert len(split) == 28 + 13 == 899 // 32 + 419 // 32
     every = [split.window(i) for i in range(len(split))]
-    assert np.array_equal(every[28], pf.read_shard(data / "t_train_000001.bin")[:33]) and every[3][-1] == every[4][0]
+    assert (
+        np.array_equal(every[28], pf.read_shard(data / "t_train_000001.bin")[:33])
+        and every[3][-1] == every[4][0]
+    )
     epochs = [split.shuffled(7, e * 41, 41) for e in range(2)]
-    assert sorted(map(bytes, epochs[0])) == sorted(map(bytes, epochs[1])) == sorted(map(bytes, np.array(every)))
+    assert (
+        sorted(map(bytes, epochs[0]))
+        == sorted(map(bytes, epochs[1]))
+        == sorted(map(bytes, np.array(every)))
+    )
     assert not np.array_equal(*epochs)
-    assert np.array_equal(split.shuffled(7, 30, 20), np.concatenate([split.shuffled(7, k, 1) for k in range(30, 50)]))
+    assert np.array_equal(
+        split.shuffled(7, 30, 20), np.concatenate([split.shuffled(7, k, 1) for k in range(30, 50)])
+    )
 
 
 @pytest.mark.parametrize("vocab_size, bad, limit", [(200, 256, 200), (320, 300, 257)])
-def test_a_token_outside_vocabulary_or_tokenizer_names_its_shard(vocab_size, bad, limit, data, tmp_path):
+def test_a_token_outside_vocabulary_or_tokenizer_names_its_shard(
+    vocab_size, bad, limit, data, tmp_path
+):
     shutil.copytree(data, tmp_path / "data")
     pf.write_shard(tmp_path / "data" / "t_train_000000.bin", np.full(900, bad))
-    split = T.Tokens(tmp_path / "data", "train", ModelConfig(**{**TINY, "vocab_size": vocab_size}, tokenizer="bytes"))
-    with pytest.raises((InputError, UserError), match=f"t_train_000000.bin: token id {bad} .* {limit}, .*verify --out="):
+    split = T.Tokens(
+        tmp_path / "data",
+        "train",
+        ModelConfig(**{**TINY, "vocab_size": vocab_size}, tokenizer="bytes"),
+    )
+    with pytest.raises(
+        (InputError, UserError),
+        match=f"t_train_000000.bin: token id {bad} .* {limit}, .*verify --out=",
+    ):
         split.window(0)
 
 
@@ -2181,11 +2268,17 @@ def test_training_lowers_the_validation_loss(data, tmp_path):
 
 def test_evaluation_is_the_mean_over_all_windows_and_counts_bytes(data, whole):
     """5 windows in batches of 2: the last batch is filled up, and must not count the filling."""
-    result, val = log_of(pathlib.Path(whole.config.out_dir))[-1], pf.read_shard(data / "t_val_000000.bin").astype(int)
-    losses, n_bytes = [], 0
+    result = log_of(pathlib.Path(whole.config.out_dir))[-1]
+    val = pf.read_shard(data / "t_val_000000.bin").astype(int)
+    losses = []
+    n_bytes = 0
     for start_at in range(0, 160, 32):
-        window = torch.tensor(val[start_at:start_at + 33])[None]
-        losses.append(whole.model.loss(window[:, :-1], window[:, 1:], (window[:, :-1] == 256).cumsum(1))[0].item())
+        window = torch.tensor(val[start_at : start_at + 33])[None]
+        losses.append(
+            whole.model.loss(window[:, :-1], window[:, 1:], (window[:, :-1] == 256).cumsum(1))[
+                0
+            ].item()
+        )
         n_bytes += sum(int(t) != 256 for t in window[0, 1:])
     assert len(whole.val) == 5 and abs(result["val_loss"] - np.mean(losses)) < 1e-5
     assert abs(result["val_bpb"] - sum(losses) * 32 / math.log(2) / n_bytes) < 1e-4
@@ -2197,7 +2290,10 @@ def test_a_planted_nan_stops_the_run_and_is_never_saved(where, row, data, tmp_pa
     def plant(trainer):
         if trainer.step == 6:
             trainer.model.get_parameter(where).data[row, 3] = math.nan
-    with pytest.raises(T.Diverged, match=f"step 7: .*learning rates 1 of.*not finite.*: weight {where}"):
+
+    with pytest.raises(
+        T.Diverged, match=f"step 7: .*learning rates 1 of.*not finite.*: weight {where}"
+    ):
         train_fully(tmp_path / "a", data, before_step=plant)
     assert newest_of(tmp_path / "a") == "ckpt_000004.pt" and log_of(tmp_path / "a")[-1]["step"] == 6
 
@@ -2239,19 +2335,27 @@ def streams(run):
     return seen[0].dtype, run.trainer.model.head.weight.dtype
 
 
-USUAL = [0.005, 0.01, 0.01, 0.0055]             # warm-up 2 steps, the last half falls to a tenth
+def first_token(trainer, seed):
+    """The first token that training reads."""
+    return trainer.train.shuffled(seed, 0, 1)[0][0]
+
+
+DOCUMENTS = np.array([[256, 1, 256, 3]])
+USUAL = [0.005, 0.01, 0.01, 0.0055]  # warm-up 2 steps, the last half falls to a tenth
 F32 = torch.float32
 BF16 = torch.bfloat16
 # fmt: off
 TRAINING_EFFECTS = {
-    "seed": (lambda run: run.trainer.train.shuffled(run.trainer.config.seed, 0, 41)[0][0] == run.first_token,
+    "seed": (lambda run: first_token(run.trainer, run.trainer.config.seed) == run.usual_token,
              {1337: True, 6: False}),
     "max_steps": (steps_with("loss"), {4: [1, 2, 3, 4]}),
     "batch_size": (lambda run: run.trainer.count_passes(), {1: 4, 2: 2, 4: 1}),
-    "total_batch_size": (lambda run: (run.trainer.count_passes(), run.trainer.tokens), {128: (2, 512), 64: (1, 256)}),
-    "mask_documents": (lambda run: T.to_batch(np.array([[256, 1, 256, 3]]), 256, run.trainer.config)[2] is None,
+    "total_batch_size": (lambda run: (run.trainer.count_passes(), run.trainer.tokens),
+                         {128: (2, 512), 64: (1, 256)}),
+    "mask_documents": (lambda run: T.to_batch(DOCUMENTS, 256, run.trainer.config)[2] is None,
                        {True: False, False: True}),
-    "dtype": (streams, {"float32": (F32, F32), "bfloat16": (BF16, F32), "pure_bfloat16": (BF16, BF16)}),
+    "dtype": (streams, {"float32": (F32, F32), "bfloat16": (BF16, F32),
+                        "pure_bfloat16": (BF16, BF16)}),
     "optimizer": (lambda run: [type(o).__name__ for o in run.trainer.optimizers],
                   {"muon": ["Muon", "AdamW"], "adamw": ["AdamW"]}),
     "muon_lr": (rates, {0.01: USUAL, 0.02: [2 * rate for rate in USUAL]}),
@@ -2263,8 +2367,10 @@ TRAINING_EFFECTS = {
                    {False: {1, 2, 4}, True: {1}}),
     "adamw_lr": (group_value(-1, "lr"), {0.003: 0.00165, 0.006: 0.0033}),
     "weight_decay": (group_value(0, "weight_decay"), {0.1: 0.1, 0.5: 0.5}),
-    "warmup_steps": (rates, {2: USUAL, 4: [0.0025, 0.005, 0.0075, 0.0055], 0: [0.01, 0.01, 0.01, 0.0055]}),
-    "decay_fraction": (rates, {0.5: USUAL, 1: [0.005, 0.00775, 0.0055, 0.00325], 0: [0.005, 0.01, 0.01, 0.01]}),
+    "warmup_steps": (rates, {2: USUAL, 4: [0.0025, 0.005, 0.0075, 0.0055],
+                             0: [0.01, 0.01, 0.01, 0.0055]}),
+    "decay_fraction": (rates, {0.5: USUAL, 1: [0.005, 0.00775, 0.0055, 0.00325],
+                               0: [0.005, 0.01, 0.01, 0.01]}),
     "final_lr": (rates, {0.1: USUAL, 0.9: [0.005, 0.01, 0.01, 0.0095]}),
     "grad_clip": (lambda run: run.clipped, {1.0: True, 0.01: True, 0: False}),
     "z_loss": (lambda run: run.trainer.objective.z_loss, {1e-5: 1e-5, 0.1: 0.1}),
@@ -2278,7 +2384,7 @@ TRAINING_EFFECTS = {
     "deterministic": (lambda run: run.deterministic, {True: 1, False: 0}),
 }
 # fmt: on
-ELSEWHERE = {                                   # the test that holds what the setting does
+ELSEWHERE = {  # the test that holds what the setting does
     "data": "test_resume_announces_what_may_change",
     "out_dir": "test_resume_is_bitwise",
     "resume": "test_resume_is_bitwise",
@@ -2291,7 +2397,7 @@ ELSEWHERE = {                                   # the test that holds what the s
 def observed_run(folder, data, *flags):
     """A run of 4 steps with all that the table above looks at."""
     run = types.SimpleNamespace(folder=folder, clipped=False, polar_dtypes=set(), deterministic=0)
-    run.evaluated = []                              # windows of each evaluation
+    run.evaluated = []  # windows of each evaluation
     polar_express = T.polar_express
     read_validation = T.read_validation
     clip = torch.nn.utils.clip_grads_with_norm_
@@ -2317,7 +2423,7 @@ def observed_run(folder, data, *flags):
         patch.setattr(T, "use_deterministic_algorithms", deterministic)
         patch.setattr(T, "read_validation", read_seen)
         run.trainer, run_folder = start(folder, data, *PLAIN, *flags)
-        run.first_token = run.trainer.train.shuffled(1337, 0, 41)[0][0]
+        run.usual_token = first_token(run.trainer, 1337)
         try:
             T.run(run.trainer, run_folder, Quiet())
         finally:
@@ -2333,10 +2439,13 @@ def plain_run(data, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [f.name for f in fields(T.TrainConfig)])
 def test_every_setting_of_training_has_its_effect(name, plain_run, data, tmp_path, capsys):
-    """On what it governs; and on the weights after 4 steps, if and only if it is one that is learnt from."""
+    """On what it governs; and on the weights after 4 steps, if and only if it is one that is learnt
+    from."""
     if name in ELSEWHERE:
         sources = [HERE / "test_model.py", HERE / "paper" / "test_runs.py"]
-        assert any(f"def {ELSEWHERE[name]}(" in path.read_text(encoding="utf-8") for path in sources)
+        assert any(
+            f"def {ELSEWHERE[name]}(" in path.read_text(encoding="utf-8") for path in sources
+        )
         return
     assert name in TRAINING_EFFECTS, f"say in TRAINING_EFFECTS what the setting {name} does"
     what_it_governs, expected = TRAINING_EFFECTS[name]
@@ -2354,16 +2463,36 @@ def test_every_setting_of_training_has_its_effect(name, plain_run, data, tmp_pat
 def test_the_defaults_are_the_recipe_of_table_4():
     """Typed from the paper and its released code."""
     recipe = dict(
-        max_steps=38147, total_batch_size=262144, warmup_steps=1000, decay_fraction=0.2, final_lr=0.1,
-        muon_lr=0.01, muon_momentum=0.95, adamw_lr=0.003, weight_decay=0.1, grad_clip=1.0, z_loss=1e-5,
-        optimizer="muon", muon_ramp=False, muon_beta2=0.0, muon_fused=False, mask_documents=True,
+        max_steps=38147,
+        total_batch_size=262144,
+        warmup_steps=1000,
+        decay_fraction=0.2,
+        final_lr=0.1,
+        muon_lr=0.01,
+        muon_momentum=0.95,
+        adamw_lr=0.003,
+        weight_decay=0.1,
+        grad_clip=1.0,
+        z_loss=1e-5,
+        optimizer="muon",
+        muon_ramp=False,
+        muon_beta2=0.0,
+        muon_fused=False,
+        mask_documents=True,
         final_eval_tokens=0,
     )
     config = T.TrainConfig(device="cpu")
     assert {name: vars(config)[name] for name in recipe} == recipe
     assert ModelConfig().block_size == 2048 and 128 * 2048 == config.total_batch_size
     assert round(config.max_steps * config.total_batch_size / 1e9, 1) == 10.0
-    by_hand = {0: 1 / 1000, 499: 0.5, 999: 1.0, 30517: 1.0, 30518: 1.0, 38146: 1 - 0.9 * 7628 / 7629}
+    by_hand = {
+        0: 1 / 1000,
+        499: 0.5,
+        999: 1.0,
+        30517: 1.0,
+        30518: 1.0,
+        38146: 1 - 0.9 * 7628 / 7629,
+    }
     for step, share in by_hand.items():
         assert abs(T.lr_multiplier(step, config) - share) < 1e-12, step
     assert T.PRESETS["paper"] == {}
@@ -2380,8 +2509,8 @@ def test_what_may_change_on_resuming_is_declared_and_no_part_of_the_recipe():
     may_change = {f.name for f in fields(T.TrainConfig) if f.metadata.get("resume")}
     assert may_change == set(
         """data out_dir resume device compile deterministic max_steps batch_size muon_lr adamw_lr
-        warmup_steps decay_fraction final_lr eval_every eval_tokens final_eval_tokens save_every keep
-        log_every sample_tokens""".split()
+        warmup_steps decay_fraction final_lr eval_every eval_tokens final_eval_tokens save_every
+        keep log_every sample_tokens""".split()
     )
 
 
@@ -2404,7 +2533,9 @@ def test_a_window_needs_one_token_more_than_it_predicts(length, windows, data, t
     config = ModelConfig(**{**TINY, "block_size": 32, "vocab_size": 320}, tokenizer="bytes")
     split = T.Tokens(tmp_path / "data", "train", config)
     assert len(split) == windows
-    assert split.window(windows - 1).tolist() == [i % 97 for i in range(32 * windows - 32, 32 * windows + 1)]
+    assert split.window(windows - 1).tolist() == [
+        i % 97 for i in range(32 * windows - 32, 32 * windows + 1)
+    ]
 
 
 def test_each_step_draws_other_random_numbers(data, tmp_path, monkeypatch):
@@ -2416,7 +2547,9 @@ def test_each_step_draws_other_random_numbers(data, tmp_path, monkeypatch):
         return forward(objective, *batch)
 
     monkeypatch.setattr(T.Objective, "forward", seen)
-    train_fully(tmp_path / "a", data, "--max_steps=3", "--eval_every=0", "--seed=50", "--batch_size=4")
+    train_fully(
+        tmp_path / "a", data, "--max_steps=3", "--eval_every=0", "--seed=50", "--batch_size=4"
+    )
     assert set(seeds) == {50, 51, 52}
 
 
@@ -2436,31 +2569,44 @@ def test_the_last_step_is_saved_before_its_evaluation(data, tmp_path, monkeypatc
 
 def test_the_best_loss_is_the_lowest_not_the_last(data, tmp_path, monkeypatch):
     losses = iter([5.0, 2.0, 3.0])
-    monkeypatch.setattr(T, "evaluate_batch", lambda trainer, windows: torch.tensor([next(losses), 1.0, 32.0]).double())
+    monkeypatch.setattr(
+        T,
+        "evaluate_batch",
+        lambda trainer, windows: torch.tensor([next(losses), 1.0, 32.0]).double(),
+    )
     flags = ["--max_steps=4", "--eval_every=2", "--eval_tokens=32", "--final_eval_tokens=32"]
     assert train_fully(tmp_path / "a", data, *flags).best_val == 2.0
 
 
 def test_a_variant_named_on_resuming_may_have_other_layers(whole, tmp_path):
     """The row of Table 3 has 29 layers, the run 2."""
-    assert resume(copied(whole, tmp_path / "a"), "--variant=exo_dynamic", "--max_steps=13").step == 13
+    assert (
+        resume(copied(whole, tmp_path / "a"), "--variant=exo_dynamic", "--max_steps=13").step == 13
+    )
 
 
-def test_a_checkpoint_is_written_when_the_log_it_counts_is_on_the_disk(whole, tmp_path, monkeypatch):
+def test_a_checkpoint_is_written_when_the_log_it_counts_is_on_the_disk(
+    whole, tmp_path, monkeypatch
+):
     run_folder = T.RunFolder(str(tmp_path / "a"), resume=False)
     run_folder.open_log(0)
     order = []
     fsync = os.fsync
     save_checkpoint = T.save_checkpoint
     monkeypatch.setattr(os, "fsync", lambda number: [order.append(number), fsync(number)])
-    monkeypatch.setattr(T, "save_checkpoint", lambda *args: [order.append("save"), save_checkpoint(*args)])
+    monkeypatch.setattr(
+        T, "save_checkpoint", lambda *args: [order.append("save"), save_checkpoint(*args)]
+    )
     assert run_folder.save(dict(step=1), keep=0)
     assert order[:2] == [run_folder.log.fileno(), "save"]
     close(run_folder)
 
 
 def test_gradients_of_every_dtype_are_summed_over_the_processes(monkeypatch):
-    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))]
+    parameters = [
+        torch.nn.Parameter(torch.ones(3)),
+        torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16)),
+    ]
     for p in parameters:
         p.grad = torch.full_like(p, 1.5)
     monkeypatch.setattr(T, "WORLD_SIZE", 2)
@@ -2472,19 +2618,35 @@ def test_gradients_of_every_dtype_are_summed_over_the_processes(monkeypatch):
 def test_init_from_is_refused_on_data_of_another_tokenizer(data, tmp_path):
     model = tiny("exo", n_layer=2, n_embd=32, ffn_dim=64, n_head=2)
     path = saved(model, tmp_path / "gpt2.pt")
-    with pytest.raises(UserError, match="holds bytes tokens, but the model in --init_from=.* was trained on gpt2"):
+    with pytest.raises(
+        UserError, match="holds bytes tokens, but the model in --init_from=.* was trained on gpt2"
+    ):
         start(tmp_path / "a", data, f"--init_from={path}")
 
 
-# ------------------------------------------------------------------------------------------------------------ resuming
+# ----------------------------------------------------------------------------------------- resuming
 
-@pytest.mark.parametrize("variant, flags", [
-    ("base", []), ("exo_dynamic", ["--muon_ramp", "--muon_beta2=0.95"]), ("gated", ["--dtype=bfloat16", "--window=9"]),
-    *(pytest.param(*run, marks=pytest.mark.slow) for run in (
-        ("nuresformer", ["--mask_documents=false"]), ("exo_dynamic", []), ("exo", ["--optimizer=adamw"]),
-        ("exo_dynamic", ["--dtype=pure_bfloat16"])))])
+
+@pytest.mark.parametrize(
+    "variant, flags",
+    [
+        ("base", []),
+        ("exo_dynamic", ["--muon_ramp", "--muon_beta2=0.95"]),
+        ("gated", ["--dtype=bfloat16", "--window=9"]),
+        *(
+            pytest.param(*run, marks=pytest.mark.slow)
+            for run in (
+                ("nuresformer", ["--mask_documents=false"]),
+                ("exo_dynamic", []),
+                ("exo", ["--optimizer=adamw"]),
+                ("exo_dynamic", ["--dtype=pure_bfloat16"]),
+            )
+        ),
+    ],
+)
 def test_resume_is_bitwise(variant, flags, data, tmp_path):
-    """12 steps = 5 steps, a stop, 7 more: weights, optimizer states, log. The first epoch ends within step 11."""
+    """12 steps = 5 steps, a stop, 7 more: weights, optimizer states, log. The first epoch ends
+    within step 11."""
     flags = [f"--variant={variant}", *flags]
     whole = train_fully(tmp_path / "a", data, *flags)
     stopped = train_fully(tmp_path / "b", data, *flags, stop_after=5)
@@ -2503,6 +2665,7 @@ def test_a_layer_that_draws_random_numbers_resumes_bitwise(data, tmp_path, monke
     def random_loss(objective, *batch):
         loss, *parts = forward(objective, *batch)
         return F.dropout(loss, 0.5), *parts
+
     monkeypatch.setattr(T.Objective, "forward", random_loss)
     whole = train_fully(tmp_path / "a", data)
     train_fully(tmp_path / "b", data, stop_after=5)
@@ -2511,9 +2674,14 @@ def test_a_layer_that_draws_random_numbers_resumes_bitwise(data, tmp_path, monke
 
 @pytest.mark.parametrize("step", [0, 12])
 @pytest.mark.parametrize("how", ["killed", "SIGTERM"])
-def test_a_run_that_ends_within_an_evaluation_loses_nothing(how, step, whole, data, tmp_path, monkeypatch):
-    """The last evaluation may read the whole validation set; the log ends as if nothing had happened."""
-    batches, evaluate_batch, log = [], T.evaluate_batch, log_of(pathlib.Path(whole.config.out_dir))
+def test_a_run_that_ends_within_an_evaluation_loses_nothing(
+    how, step, whole, data, tmp_path, monkeypatch
+):
+    """The last evaluation may read the whole validation set; the log ends as if nothing had
+    happened."""
+    batches = []
+    evaluate_batch = T.evaluate_batch
+    log = log_of(pathlib.Path(whole.config.out_dir))
 
     def interrupted(trainer, windows):
         if trainer.step == step:
@@ -2522,27 +2690,42 @@ def test_a_run_that_ends_within_an_evaluation_loses_nothing(how, step, whole, da
             if how == "killed":
                 raise KeyboardInterrupt
         return evaluate_batch(trainer, windows)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if how == "killed" else nullcontext():
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt) if how == "killed" else nullcontext(),
+    ):
         patch.setattr(T, "evaluate_batch", interrupted)
         assert train_fully(tmp_path / "a", data, "--save_every=0").stopped == "SIGTERM"
     assert newest_of(tmp_path / "a") == f"ckpt_{step:06d}.pt" and len(batches) == 1
     resumed = resume(tmp_path / "a")
-    assert resumed.step == 12 and same_state(whole, resumed) == [] and resumed.best_val == whole.best_val
+    assert (
+        resumed.step == 12
+        and same_state(whole, resumed) == []
+        and resumed.best_val == whole.best_val
+    )
     assert log_of(tmp_path / "a") == log and "val_loss" in log[-1]
     assert resume(tmp_path / "a").step == 12 and log_of(tmp_path / "a") == log
 
 
 def test_same_seed_same_run_other_seed_another(data, tmp_path):
-    a, b, c = (train_fully(tmp_path / name, data, f"--seed={seed}", "--max_steps=3")
-               for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    a, b, c = (
+        train_fully(tmp_path / name, data, f"--seed={seed}", "--max_steps=3")
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
     assert same_state(a, b) == [] and same_state(a, c) != []
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--variant=base"], "--gate=False.*gate=True"), (["--n_embd=64"], "--n_embd=64.*n_embd=32"),
-    (["--seed=5"], "--seed=5.*seed=1337"),
-    (["--total_batch_size=64"], "--total_batch_size=64.*total_batch_size=128"),
-    (["--optimizer=adamw"], "--optimizer=adamw.*optimizer=muon")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--variant=base"], "--gate=False.*gate=True"),
+        (["--n_embd=64"], "--n_embd=64.*n_embd=32"),
+        (["--seed=5"], "--seed=5.*seed=1337"),
+        (["--total_batch_size=64"], "--total_batch_size=64.*total_batch_size=128"),
+        (["--optimizer=adamw"], "--optimizer=adamw.*optimizer=muon"),
+    ],
+)
 def test_resume_refuses_another_run(flags, words, whole, tmp_path):
     with pytest.raises((InputError, UserError), match="^" + words):
         resume(copied(whole, tmp_path / "a"), *flags)
@@ -2814,15 +2997,24 @@ def test_data_that_changed_since_are_refused(change, words, whole, data, tmp_pat
         resume(copied(whole, tmp_path / "a"), f"--data={tmp_path / 'data'}")
 
 
-# ------------------------------------------------------------------------------------------------------ many processes
+# ----------------------------------------------------------------------------------- many processes
+
 
 def launch_ranks(n, folder, *flags):
     """torchrun with n processes on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={port}",
-               str(HERE / "train.py"), f"--out_dir={folder}", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={n}",
+        f"--master_port={port}",
+        str(HERE / "train.py"),
+        f"--out_dir={folder}",
+        *flags,
+    ]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -2839,16 +3031,30 @@ def weights(folder, step):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_two_accumulations_bit_for_bit(data, tmp_path):
-    """Compiled. Halving is exact, so this is the sharpest check there is. And one process resumes what two began:
-    block_size 31 makes 42 windows, so that step 21 of 2 x 31 tokens, where it goes on, begins an epoch anew."""
-    folder, flags = tmp_path / "two", ["--variant=exo_dynamic", "--n_layer=1", "--block_size=31", "--batch_size=1",
-                                       "--total_batch_size=62", "--max_steps=23", "--save_every=21", "--eval_every=0",
-                                       "--compile=true"]
+    """Compiled. Halving is exact, so this is the sharpest check there is. And one process resumes
+    what two began: block_size 31 makes 42 windows, so that step 21 of 2 x 31 tokens, where it goes
+    on, begins an epoch anew."""
+    folder = tmp_path / "two"
+    flags = [
+        "--variant=exo_dynamic",
+        "--n_layer=1",
+        "--block_size=31",
+        "--batch_size=1",
+        "--total_batch_size=62",
+        "--max_steps=23",
+        "--save_every=21",
+        "--eval_every=0",
+        "--compile=true",
+    ]
     one = train_fully(tmp_path / "one", data, *flags)
     run_ranks(2, folder, *SMALL, f"--data={data}", *flags)
     two = weights(folder, 23)
-    assert [name for name, p in one.model.state_dict().items() if not torch.equal(p, two[name])] == []
-    assert log_of(folder, "val_loss") == log_of(tmp_path / "one", "val_loss") and len(one.train) == 42
+    assert [
+        name for name, p in one.model.state_dict().items() if not torch.equal(p, two[name])
+    ] == []
+    assert (
+        log_of(folder, "val_loss") == log_of(tmp_path / "one", "val_loss") and len(one.train) == 42
+    )
     (folder / "ckpt_000023.pt").unlink()
     assert same_state(one, resume(folder)) == []
     assert [record["step"] for record in log_of(folder, "loss")] == list(range(1, 24))

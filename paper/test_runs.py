@@ -1,7 +1,8 @@
 """
-Tests of train.py that are too long, or too far from the paper, for test_model.py: the command line, folders, full
-disks, output that nobody reads, signals, kills, compilation and torchrun. No network.
+Tests of train.py that are too long, or too far from the paper, for test_model.py: the command line,
+folders, full disks, output that nobody reads, signals, kills, compilation and torchrun. No network.
 """
+
 import io
 import math
 import os
@@ -24,17 +25,45 @@ import prepare_fineweb as pf
 import train as T
 from model import InputError, read_checkpoint
 from prepare_fineweb import UserError, command_line
-from test_model import (HERE, SMALL, Quiet, close, copied, data, launch_ranks, log_of, newest_of, released, resume,
-                        same_state, saved, start, tiny, tokens, train_fully, weights, whole)
+from test_model import (
+    HERE,
+    SMALL,
+    Quiet,
+    close,
+    copied,
+    data,
+    launch_ranks,
+    log_of,
+    newest_of,
+    released,
+    resume,
+    same_state,
+    saved,
+    start,
+    tiny,
+    tokens,
+    train_fully,
+    weights,
+    whole,
+)
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
-@pytest.mark.parametrize("flags, words", [
-    (["--variant=exo_dynamc"], "'exo_dynamic'"), (["--vairant=exo"], "unrecognized arguments: --vairant"),
-    (["--preset=papr"], "'paper', 'small', 'smoke'"), (["--n_layer=two"], "'two' is not of type int"),
-    (["--dtype=float16"], "'auto', 'float32', 'bfloat16'"), (["--optimizer=adamW"], "'muon', 'adamw'"),
-    (["--gate=maybe"], "'maybe' is neither true nor false"), (["--max_steps"], "expected one argument")])
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--variant=exo_dynamc"], "'exo_dynamic'"),
+        (["--vairant=exo"], "unrecognized arguments: --vairant"),
+        (["--preset=papr"], "'paper', 'small', 'smoke'"),
+        (["--n_layer=two"], "'two' is not of type int"),
+        (["--dtype=float16"], "'auto', 'float32', 'bfloat16'"),
+        (["--optimizer=adamW"], "'muon', 'adamw'"),
+        (["--gate=maybe"], "'maybe' is neither true nor false"),
+        (["--max_steps"], "expected one argument"),
+    ],
+)
 def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, words, capsys):
     with pytest.raises(SystemExit) as error:
         T.parse_flags(flags)
@@ -42,11 +71,22 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, words, capsys):
     assert error.value.code == 2 and words in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag, name, value", [
-    ("--compile", "compile", True), ("--compile=True", "compile", True), ("--compile=false", "compile", False),
-    ("--compile=none", "compile", None), ("--deterministic=False", "deterministic", False),
-    ("--muon_ramp", "muon_ramp", True), ("--gate=FALSE", "gate", False), ("--lambda_init=none", "lambda_init", None),
-    ("--lambda_init=0.25", "lambda_init", 0.25), ("--n_layer=3", "n_layer", 3), ("--mix=", "mix", "")])
+@pytest.mark.parametrize(
+    "flag, name, value",
+    [
+        ("--compile", "compile", True),
+        ("--compile=True", "compile", True),
+        ("--compile=false", "compile", False),
+        ("--compile=none", "compile", None),
+        ("--deterministic=False", "deterministic", False),
+        ("--muon_ramp", "muon_ramp", True),
+        ("--gate=FALSE", "gate", False),
+        ("--lambda_init=none", "lambda_init", None),
+        ("--lambda_init=0.25", "lambda_init", 0.25),
+        ("--n_layer=3", "n_layer", 3),
+        ("--mix=", "mix", ""),
+    ],
+)
 def test_a_flag_has_the_value_that_it_spells(flag, name, value):
     given = T.parse_flags([flag])[2]
     assert given == {name: value} and type(given[name]) is type(value)
@@ -65,26 +105,38 @@ def test_help_names_every_setting_and_variant_once(capsys, monkeypatch):
 
 
 def test_the_report_counts_what_the_optimizers_hold(capsys):
-    """amsgrad: three moments and a step number for each of two weights; 3 million numbers of 4 bytes."""
+    """amsgrad: three moments and a step number for each of two weights; 3 million numbers of 4
+    bytes."""
     model = torch.nn.Linear(1000, 3000)
     optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
     model(torch.ones(1, 1000)).sum().backward()
     optimizer.step()
     T.report_memory(types.SimpleNamespace(model=model, optimizers=[optimizer]))
     n = 4 * 3003000 / 1e9
-    assert f"{5 * n:.3g} GB of weights, gradients and optimizer states; a checkpoint has {4 * n:.3g} GB" in (
-        capsys.readouterr().out)
+    assert (
+        f"{5 * n:.3g} GB of weights, gradients and optimizer states; "
+        f"a checkpoint has {4 * n:.3g} GB" in (capsys.readouterr().out)
+    )
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"),
-    (["--device=cuda"], "--device=cuda is not there: torch can use"), (["--batch_size=0"], "batch_size=0 .*from 1"),
-    (["--muon_lr=nan"], "muon_lr=nan"), (["--grad_clip=-1"], "grad_clip=-1"), (["--final_lr=1.5"], "final_lr=1.5"),
-    (["--n_head=3"], "n_embd=32 is not a multiple of n_head=3"), (["--keep=-1"], "keep=-1"),
-    (["--block_size=5000", "--total_batch_size=10000"], "lower --block_size"),
-    (["--compile=true"], "torch.compile needs g\\+\\+.*--compile=false"),
-    (["--data=nowhere"], "nowhere.*--input=FILES"), (["--init_from=nowhere.pt"], "nowhere.pt: no such checkpoint"),
-    (["--preset=paper", "--data="], "python prepare_fineweb.py")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"),
+        (["--device=cuda"], "--device=cuda is not there: torch can use"),
+        (["--batch_size=0"], "batch_size=0 .*from 1"),
+        (["--muon_lr=nan"], "muon_lr=nan"),
+        (["--grad_clip=-1"], "grad_clip=-1"),
+        (["--final_lr=1.5"], "final_lr=1.5"),
+        (["--n_head=3"], "n_embd=32 is not a multiple of n_head=3"),
+        (["--keep=-1"], "keep=-1"),
+        (["--block_size=5000", "--total_batch_size=10000"], "lower --block_size"),
+        (["--compile=true"], "torch.compile needs g\\+\\+.*--compile=false"),
+        (["--data=nowhere"], "nowhere.*--input=FILES"),
+        (["--init_from=nowhere.pt"], "nowhere.pt: no such checkpoint"),
+        (["--preset=paper", "--data="], "python prepare_fineweb.py"),
+    ],
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="expects a machine without CUDA")
 def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -96,10 +148,11 @@ def test_a_run_that_cannot_start_says_why_in_one_line(flags, words, data, tmp_pa
 
 
 def run_main(*flags, stop=Quiet):
-    """train.py's main() as the command line runs it: its exit code, or the message that it exits with."""
+    """train.py's main() as the command line runs it: its exit code, or the message that it exits
+    with."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as error:
         patch.setattr(sys, "argv", ["train.py", *flags])
-        patch.setattr(T, "Stop", stop)                                      # a quiet one: pytest keeps its Ctrl-C
+        patch.setattr(T, "Stop", stop)  # a quiet one: pytest keeps its Ctrl-C
         command_line(T.main, T.InputError, memory="lower --batch_size")
     return error.value.code
 
@@ -111,14 +164,23 @@ def test_the_command_line_trains_and_tells_the_next_commands(data, tmp_path, cap
     assert f"python train.py --resume --out_dir={tmp_path / 'a'} --max_steps=24" in out
 
 
-@pytest.mark.parametrize("error, code", [
-    (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "train.py: out of memory; lower --b"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "train.py: out of memory; lower --b"),
-    (MemoryError(), "train.py: out of memory; lower --b"), (T.Diverged("step 3"), 3)])
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "train.py: out of memory; lower --b",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "train.py: out of memory; lower --b"),
+        (MemoryError(), "train.py: out of memory; lower --b"),
+        (T.Diverged("step 3"), 3),
+    ],
+)
 def test_only_a_lack_of_memory_is_called_so(error, code, data, tmp_path, monkeypatch):
     def fail(trainer, windows):
         raise error
+
     monkeypatch.setattr(T.Trainer, "update", fail)
     flags = [f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL]
     if code is None:
@@ -144,28 +206,42 @@ def test_what_cannot_be_written_is_one_line(place, data, tmp_path):
     assert re.fullmatch(f"train.py: .*{place or folder}.*", message)
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
+
 
 @pytest.mark.parametrize("source", ["ours", "released"])
 def test_init_from_takes_weights_and_sizes_of_a_checkpoint(source, tmp_path, monkeypatch):
-    """Ids below 96 of a tokenizer that needs no file. Once started, a run no longer needs the source."""
+    """Ids below 96 of a tokenizer that needs no file. Once started, a run no longer needs the
+    source."""
     gpt2 = types.SimpleNamespace(n_vocab=50257, eot=50256, n_bytes=len)
     monkeypatch.setattr(T, "get_tokenizer", lambda name: gpt2)
     (tmp_path / "data").mkdir()
     for split in ("train", "val"):
         pf.write_shard(tmp_path / "data" / f"t_{split}_000000.bin", tokens(500).numpy())
     _, state, model = released("exo_elementwise")
-    path, out = tmp_path / "source.pt", f"--out_dir={tmp_path / 'a'}"
+    path = tmp_path / "source.pt"
+    out = f"--out_dir={tmp_path / 'a'}"
     torch.save(dict(model=state), path) if source == "released" else saved(model, path)
-    flags = [out, f"--init_from={path}", f"--data={tmp_path / 'data'}", "--device=cpu", "--block_size=32",
-             "--batch_size=2", "--total_batch_size=64", "--max_steps=2"]
-    with pytest.raises((InputError, UserError), match="--n_embd=64 does not fit .*source.pt, which has n_embd=32"):
+    flags = [
+        out,
+        f"--init_from={path}",
+        f"--data={tmp_path / 'data'}",
+        "--device=cpu",
+        "--block_size=32",
+        "--batch_size=2",
+        "--total_batch_size=64",
+        "--max_steps=2",
+    ]
+    with pytest.raises(
+        (InputError, UserError), match="--n_embd=64 does not fit .*source.pt, which has n_embd=32"
+    ):
         T.prepare([*flags, "--n_embd=64"])
     trainer, run_folder = T.prepare(flags)
     assert trainer.model.config == replace(model.config, block_size=32)
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), model.parameters()))
     T.run(trainer, run_folder, Quiet())
-    close(run_folder), path.unlink()
+    close(run_folder)
+    path.unlink()
     assert resume(tmp_path / "a", "--max_steps=3").step == 3
 
 
@@ -190,7 +266,9 @@ def test_a_log_whose_checkpoints_were_deleted_is_not_emptied(flags, data, tmp_pa
     assert (tmp_path / "a" / "log.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n'
 
 
-def test_the_same_command_twice_trains_twice_and_resume_takes_the_newest(data, tmp_path, monkeypatch):
+def test_the_same_command_twice_trains_twice_and_resume_takes_the_newest(
+    data, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     flags = [f"--data={data}", *SMALL, "--variant=base", "--max_steps=1"]
     for name in ("smoke-base", "smoke-base-2", "smoke-base-3"):
@@ -200,7 +278,10 @@ def test_the_same_command_twice_trains_twice_and_resume_takes_the_newest(data, t
     (tmp_path / "out" / "smoke-base-9").mkdir()
     (tmp_path / "out" / "smoke-base_more").mkdir()
     (tmp_path / "out" / "smoke-base_more" / "log.jsonl").write_text("", encoding="utf-8")
-    for step, newest, taken in ((2, "smoke-base-3", "smoke-base-2"), (3, "smoke-base-2", "smoke-base-4")):
+    for step, newest, taken in (
+        (2, "smoke-base-3", "smoke-base-2"),
+        (3, "smoke-base-2", "smoke-base-4"),
+    ):
         assert run_main("--variant=base", "--resume", f"--max_steps={step}") == 0
         assert newest_of(tmp_path / "out" / newest) == f"ckpt_{step:06d}.pt"
         assert run_main(*flags) == 0
@@ -209,12 +290,14 @@ def test_the_same_command_twice_trains_twice_and_resume_takes_the_newest(data, t
 
 def test_a_run_whose_folder_was_moved_stops_and_leaves_the_other_run_alone(data, tmp_path):
     """Another run has begun under the old name: the first must not write there, nor delete."""
+
     def move(trainer):
         if trainer.step == 5:
             os.rename(tmp_path / "a", tmp_path / "old")
             shutil.copytree(tmp_path / "old", tmp_path / "a")
             (tmp_path / "a" / "ckpt_000004.pt").write_bytes(b"of another run")
             (tmp_path / "a" / "log.jsonl").write_bytes(b"of another run")
+
     with pytest.raises(UserError, match="the folder of this run was moved, removed or replaced"):
         train_fully(tmp_path / "a", data, "--keep=1", before_step=move)
     assert newest_of(tmp_path / "a") == newest_of(tmp_path / "old") == "ckpt_000004.pt"
@@ -223,10 +306,20 @@ def test_a_run_whose_folder_was_moved_stops_and_leaves_the_other_run_alone(data,
     assert log_of(tmp_path / "old")[-1]["step"] == 8
 
 
-@pytest.mark.parametrize("environment, words", [
-    (dict(RANK="1"), "^RANK set in the environment, but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-    (dict(WORLD_SIZE="2"), "^WORLD_SIZE set .*but not RANK"),
-    (dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"), "but not MASTER_ADDR, MASTER_PORT: .*torchrun")])
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        (
+            dict(RANK="1"),
+            "^RANK set in the environment, but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_P",
+        ),
+        (dict(WORLD_SIZE="2"), "^WORLD_SIZE set .*but not RANK"),
+        (
+            dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"),
+            "but not MASTER_ADDR, MASTER_PORT: .*torchrun",
+        ),
+    ],
+)
 def test_processes_that_torchrun_did_not_start_are_refused(environment, words, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, environment.get(name, ""))
@@ -237,7 +330,7 @@ def test_processes_that_torchrun_did_not_start_are_refused(environment, words, m
 def test_no_processes_and_empty_variables_are_one_process(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setenv("MASTER_ADDR", "host")                   # some clusters set it for everybody
+    monkeypatch.setenv("MASTER_ADDR", "host")  # some clusters set it for everybody
     T.check_processes()
     code = "import train; print(train.RANK, train.WORLD_SIZE)"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
@@ -251,6 +344,7 @@ def test_a_run_that_diverges_in_its_last_step_has_failed(data, tmp_path, monkeyp
         record = update(trainer, windows)
         trainer.model.head.weight.data.fill_(math.inf)
         return record
+
     monkeypatch.setattr(T.Trainer, "update", diverge)
     assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, "--max_steps=1") == 3
     out = capsys.readouterr().out
@@ -263,13 +357,16 @@ def test_the_first_step_is_printed_in_100_columns(data, tmp_path, capsys):
     assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, "--max_steps=3") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " ms  " in line]
     assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
-    trainer = types.SimpleNamespace(config=T.TrainConfig(device="cpu"), model=tiny("base"),
-                                    model_config=tiny("base").config)
+    trainer = types.SimpleNamespace(
+        config=T.TrainConfig(device="cpu"), model=tiny("base"), model_config=tiny("base").config
+    )
     record = dict(step=38147, loss=12.3456, z=123.4, grad_norm=12.345, lr=1e-3, ms=2067.1)
     line = T.progress_line(trainer, record, 99 * 3600)
     assert len(line) <= 100
-    assert line == ("step 38147/38147  loss 12.3456  norm 12.35  lr 1.0e-03  2067 ms  127k tok/s  "
-                    "ETA 99:00:00  MFU n/a")
+    assert line == (
+        "step 38147/38147  loss 12.3456  norm 12.35  lr 1.0e-03  2067 ms  127k tok/s  "
+        "ETA 99:00:00  MFU n/a"
+    )
 
 
 def test_printed_commands_can_be_pasted(data, tmp_path, capsys):
@@ -292,11 +389,16 @@ def test_a_folder_is_for_one_run_at_a_time(whole, data, tmp_path):
 @pytest.mark.parametrize("keep, steps", [(2, [9, 12]), (0, [0, 3, 6, 9, 12])])
 def test_only_the_newest_checkpoints_are_kept(keep, steps, data, tmp_path):
     train_fully(tmp_path / "a", data, f"--keep={keep}", "--save_every=3")
-    assert sorted(os.listdir(tmp_path / "a")) == [*(f"ckpt_{step:06d}.pt" for step in steps), "lock", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path / "a")) == [
+        *(f"ckpt_{step:06d}.pt" for step in steps),
+        "lock",
+        "log.jsonl",
+    ]
 
 
 def test_what_a_group_says_comes_from_the_settings_after_a_resume(whole, tmp_path):
-    """A run saved on CUDA has fused=True, and peak rates may be given anew; states come from the file."""
+    """A run saved on CUDA has fused=True, and peak rates may be given anew; states come from the
+    file."""
     path = copied(whole, tmp_path / "a") / "ckpt_000012.pt"
     checkpoint = torch.load(path, weights_only=True)
     group = checkpoint["optimizers"][1]["param_groups"][0]
@@ -304,58 +406,83 @@ def test_what_a_group_says_comes_from_the_settings_after_a_resume(whole, tmp_pat
     torch.save(checkpoint, path)
     resumed = resume(tmp_path / "a", "--adamw_lr=0.002", "--max_steps=13", "--final_lr=1")
     group = resumed.optimizers[1].param_groups[0]
-    assert (group["fused"], group["peak_lr"], group["eps"], group["lr"]) == (False, 0.002, 1e-8, 0.002)
+    assert (group["fused"], group["peak_lr"], group["eps"], group["lr"]) == (
+        False,
+        0.002,
+        1e-8,
+        0.002,
+    )
     assert resumed.optimizers[1].state_dict()["state"][0]["step"] == 13
 
 
-# ---------------------------------------------------------------------------------------------------------------- disks
+# -------------------------------------------------------------------------------------------- disks
+
 
 @pytest.mark.parametrize("split, steps", [("train", (6, 7)), ("val", (8,))])
 @pytest.mark.parametrize("content", [b"", None])
 def test_data_that_go_bad_in_mid_run_cost_no_step(content, split, steps, whole, data, tmp_path):
-    """Shards that are cut off, or hold a bad token id, in step 6: found by the next reading, where step 7 was not read
-    ahead already, or by the next evaluation."""
+    """Shards that are cut off, or hold a bad token id, in step 6: found by the next reading, where
+    step 7 was not read ahead already, or by the next evaluation."""
     shutil.copytree(data, tmp_path / "data")
 
     def spoil(trainer):
         for path in (tmp_path / "data").glob(f"t_{split}_*.bin") if trainer.step == 5 else []:
-            path.write_bytes(content) if content is not None else pf.write_shard(path, np.full(900, 300))
+            path.write_bytes(content) if content is not None else pf.write_shard(
+                path, np.full(900, 300)
+            )
+
     spoilt = train_fully(tmp_path / "a", tmp_path / "data", "--save_every=0", before_step=spoil)
     assert spoilt.step in steps and newest_of(tmp_path / "a") == f"ckpt_{spoilt.step:06d}.pt"
     assert f"t_{split}_00000" in spoilt.stopped
     message = f"saved after step {spoilt.step}: .*train.py --resume --out_dir="
     with pytest.raises((InputError, UserError), match=message):
         T.conclude(spoilt, spoilt.stopped, spoilt.stop.problem)
-    shutil.rmtree(tmp_path / "data"), shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(data, tmp_path / "data")
     assert same_state(whole, resume(tmp_path / "a")) == []
     assert log_of(tmp_path / "a") == log_of(pathlib.Path(whole.config.out_dir))
 
 
-def test_log_lines_that_a_full_disk_refuses_are_written_before_the_next_checkpoint_counts_them(tmp_path, capsys):
+def test_log_lines_that_a_full_disk_refuses_are_written_before_the_next_checkpoint_counts_them(
+    tmp_path, capsys
+):
     """In order, none lost."""
     folder = T.RunFolder(str(tmp_path), resume=False)
     folder.open_log(0)
     real = folder.log
-    folder.log = types.SimpleNamespace(write=real.write, fileno=real.fileno,
-                                       flush=lambda: os.truncate(os.devnull, -1))        # an OSError
-    folder.write(dict(step=1)), folder.write(dict(step=2))
-    assert capsys.readouterr().out.count("COULD NOT WRITE") == 2 and not os.path.getsize(tmp_path / "log.jsonl")
+    folder.log = types.SimpleNamespace(
+        write=real.write, fileno=real.fileno, flush=lambda: os.truncate(os.devnull, -1)
+    )  # an OSError
+    folder.write(dict(step=1))
+    folder.write(dict(step=2))
+    assert capsys.readouterr().out.count("COULD NOT WRITE") == 2 and not os.path.getsize(
+        tmp_path / "log.jsonl"
+    )
     folder.log = real
     assert folder.save(dict(step=2), keep=1)
     folder.write(dict(step=3))
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
-    assert torch.load(tmp_path / "ckpt_000002.pt", weights_only=True)["log_size"] == 2 * len('{"step": 1}\n')
+    assert torch.load(tmp_path / "ckpt_000002.pt", weights_only=True)["log_size"] == 2 * len(
+        '{"step": 1}\n'
+    )
 
 
-@pytest.mark.parametrize("harm", [
-    os.remove, lambda path: os.rename(path, f"{path}.old"), lambda path: os.truncate(path, 0)])
-def test_a_log_that_goes_in_mid_run_costs_no_checkpoint_and_is_missed(harm, whole, data, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "harm",
+    [os.remove, lambda path: os.rename(path, f"{path}.old"), lambda path: os.truncate(path, 0)],
+)
+def test_a_log_that_goes_in_mid_run_costs_no_checkpoint_and_is_missed(
+    harm, whole, data, tmp_path, capsys
+):
     def take(trainer):
         if trainer.step == 5:
             harm(tmp_path / "a" / "log.jsonl")
+
     assert same_state(whole, train_fully(tmp_path / "a", data, before_step=take)) == []
     assert newest_of(tmp_path / "a") == "ckpt_000012.pt"
-    assert capsys.readouterr().out.count("removed, replaced or cut: earlier records are missing") == 1
+    assert (
+        capsys.readouterr().out.count("removed, replaced or cut: earlier records are missing") == 1
+    )
     assert [record["step"] for record in log_of(tmp_path / "a", "loss")] == [6, 7, 8, 9, 10, 11, 12]
 
 
@@ -366,12 +493,21 @@ def test_a_character_that_the_terminal_lacks_does_not_end_the_output():
     assert terminal.buffer.getvalue() == b"? one\ntwo\n"
 
 
-FAST_START = ["--deterministic=false"]       # True makes torch import Inductor, 2 seconds; one thread is exact anyway
+FAST_START = [
+    "--deterministic=false"
+]  # True makes torch import Inductor, 2 seconds; one thread is exact anyway
 
 
 def launch(folder, *flags):
     """train.py as a user starts it."""
-    command = [sys.executable, str(HERE / "train.py"), *SMALL, f"--out_dir={folder}", *FAST_START, *flags]
+    command = [
+        sys.executable,
+        str(HERE / "train.py"),
+        *SMALL,
+        f"--out_dir={folder}",
+        *FAST_START,
+        *flags,
+    ]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -388,26 +524,33 @@ def lines_of(folder):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
-def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(data, tmp_path, capsys, monkeypatch):
-    """Files may not grow past 30 kB after the first checkpoint: a second does not fit, log.jsonl does."""
+def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(
+    data, tmp_path, capsys, monkeypatch
+):
+    """Files may not grow past 30 kB after the first checkpoint: a second does not fit, log.jsonl
+    does."""
     import resource
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
         message = run_main(f"--data={data}", f"--out_dir={tmp_path / 'b'}", *SMALL)
-        assert message.endswith("the run ends at step 0 without a checkpoint of it")     # stops at once
+        assert message.endswith(
+            "the run ends at step 0 without a checkpoint of it"
+        )  # stops at once
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         save = T.save
 
         def save_then_fill(*args, **kwargs):
             save(*args, **kwargs)
             resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+
         monkeypatch.setattr(T, "save", save_then_fill)
         message = run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert re.fullmatch("train.py: .*ends at step 12 without a checkpoint.*", message)
-    assert capsys.readouterr().out.count("COULD NOT WRITE") == 4    # b after step 0; a after 4, 8, 12
+    assert capsys.readouterr().out.count("COULD NOT WRITE") == 4  # b after step 0; a after 4, 8, 12
     assert sorted(os.listdir(tmp_path / "a")) == ["ckpt_000000.pt", "lock", "log.jsonl"]
     assert len(log_of(tmp_path / "a", "loss")) == 12
 
@@ -419,14 +562,22 @@ def test_output_that_cannot_be_written_does_not_stop_training(where, data, tmp_p
         pytest.skip("no /dev/full here")
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as pipe, open("/dev/full" if where == "full disk" else os.devnull, "w") as full:
+    with (
+        os.fdopen(writer, "w") as pipe,
+        open("/dev/full" if where == "full disk" else os.devnull, "w") as full,
+    ):
         stream = {"full disk": full, "closed pipe": pipe, "closed stream": None}[where]
-        monkeypatch.setattr(sys, "stdout", stream), monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
         code = run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL)
-    assert code == 0 and newest_of(tmp_path / "a") == "ckpt_000012.pt" and len(log_of(tmp_path / "a", "loss")) == 12
+    assert (
+        code == 0
+        and newest_of(tmp_path / "a") == "ckpt_000012.pt"
+        and len(log_of(tmp_path / "a", "loss")) == 12
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- signals and kills
+# -------------------------------------------------------------------------------- signals and kills
 
 ENDLESS = ["--max_steps=100000", "--eval_every=0", "--save_every=0"]
 
@@ -442,24 +593,33 @@ def handlers():
 
 
 @pytest.mark.parametrize("name, times", [("SIGTERM", 1), ("SIGHUP", 2), ("SIGUSR1", 2)])
-def test_a_signal_is_obeyed_after_the_step(name, times, data, handlers, tmp_path, monkeypatch, capsys):
+def test_a_signal_is_obeyed_after_the_step(
+    name, times, data, handlers, tmp_path, monkeypatch, capsys
+):
     """A closed terminal may say so twice."""
-    number, update = signal.Signals[name], T.Trainer.update
+    number = signal.Signals[name]
+    update = T.Trainer.update
 
     def signalled(trainer, windows):
         for _ in range(times if trainer.step == 4 else 0):
             os.kill(os.getpid(), number)
         return update(trainer, windows)
+
     monkeypatch.setattr(T.Trainer, "update", signalled)
-    signal.signal(number, lambda *_: None)                                  # a run that is deaf to it ends with code 0
-    assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, stop=T.Stop) == 128 + number
+    signal.signal(number, lambda *_: None)  # a run that is deaf to it ends with code 0
+    assert (
+        run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, stop=T.Stop)
+        == 128 + number
+    )
     assert f"stopped by {name} after step 5, saved" in capsys.readouterr().out
     assert newest_of(tmp_path / "a") == "ckpt_000005.pt"
 
 
 @pytest.mark.parametrize("processes, second", [(1, signal.SIG_DFL), (2, signal.SIG_IGN)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_ctrl_c_ends_a_single_process_and_no_other(number, processes, second, handlers, monkeypatch):
+def test_a_second_ctrl_c_ends_a_single_process_and_no_other(
+    number, processes, second, handlers, monkeypatch
+):
     """torchrun sends it twice to each of several processes."""
     monkeypatch.setattr(T, "WORLD_SIZE", processes)
     stop = T.Stop()
@@ -479,12 +639,15 @@ def test_a_hangup_is_ignored_under_nohup(handlers):
 
 
 def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
-    stop, reduce = T.Stop.__new__(T.Stop), T.all_reduce
-    stop.signal, stop.problem = 0, ""
+    stop = T.Stop.__new__(T.Stop)
+    reduce = T.all_reduce
+    stop.signal = 0
+    stop.problem = ""
 
     def signalled(flags, operation):
         stop.signal = signal.SIGUSR1
         return reduce(flags, operation)
+
     monkeypatch.setattr(T, "all_reduce", signalled)
     assert [stop.agreed(), stop.agreed()] == ["", "SIGUSR1"]
 
@@ -506,13 +669,22 @@ def test_ctrl_c_saves_tells_how_to_go_on_and_exits_with_its_code(data, tmp_path)
 
 @pytest.mark.slow
 def test_a_storm_of_kills_loses_nothing(data, tmp_path):
-    """One command, again and again: no checkpoint is lost or unreadable, no log line lost or doubled, and the end is
-    bit for bit that of an undisturbed run. For as many kills as you like:
+    """One command, again and again: no checkpoint is lost or unreadable, no log line lost or
+    doubled, and the end is bit for bit that of an undisturbed run. For as many kills as you like:
     KILLS=100 python -m pytest paper/test_runs.py -k storm"""
-    kills, folder, rng = int(os.environ.get("KILLS", 3)), tmp_path / "a", np.random.default_rng(3)
-    flags = [f"--data={data}", f"--max_steps={40 * kills}", "--save_every=5", "--eval_every=20", "--keep=2"]
+    kills = int(os.environ.get("KILLS", 3))
+    folder = tmp_path / "a"
+    rng = np.random.default_rng(3)
+    flags = [
+        f"--data={data}",
+        f"--max_steps={40 * kills}",
+        "--save_every=5",
+        "--eval_every=20",
+        "--keep=2",
+    ]
     for _ in range(kills):
-        process, lines = launch(folder, *flags, *(["--resume"] if folder.exists() else [])), lines_of(folder)
+        process = launch(folder, *flags, *(["--resume"] if folder.exists() else []))
+        lines = lines_of(folder)
         wait_for(lambda: process.poll() is not None or lines_of(folder) not in (0, lines))
         time.sleep(float(rng.uniform(0, 0.7)))
         process.kill()
@@ -522,26 +694,29 @@ def test_a_storm_of_kills_loses_nothing(data, tmp_path):
     assert log_of(tmp_path / "b") == log_of(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------- compiler
+# ----------------------------------------------------------------------------------------- compiler
+
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_evaluation_keeps_the_graph_of_one_pass_at_most(compiled, data, tmp_path):
-    """None if eager. A compiled run evaluates with the graph that trains; two alive at once would need twice the memory
-    of a training step. Nothing is compiled here."""
-    (trainer, run_folder), alive = start(tmp_path / "a", data), [0, 0]                     # now, at most
+    """None if eager. A compiled run evaluates with the graph that trains; two alive at once would
+    need twice the memory of a training step. Nothing is compiled here."""
+    (trainer, run_folder) = start(tmp_path / "a", data)
+    alive = [0, 0]
     close(run_folder)
     trainer.config = replace(trainer.config, compile=compiled)
 
     class Saved:
         def __init__(self, tensor):
-            self.tensor = tensor.detach()                       # the graph itself would be a cycle
+            self.tensor = tensor.detach()  # the graph itself would be a cycle
             alive[0] += 1
             alive[1] = max(alive)
 
         def __del__(self):
             alive[0] -= 1
+
     peaks = []
-    for tokens in (32, 0):                                                  # one batch, three batches
+    for tokens in (32, 0):  # one batch, three batches
         alive[1] = alive[0]
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
             T.evaluate(trainer, tokens, Quiet())
@@ -552,13 +727,15 @@ def test_evaluation_keeps_the_graph_of_one_pass_at_most(compiled, data, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "resformer", "exo_dynamic"])
 def test_one_graph_and_no_recompilation(variant):
-    """fullgraph raises on a graph break; new documents and a last batch filled up with -100 must not compile again."""
+    """fullgraph raises on a graph break; new documents and a last batch filled up with -100 must
+    not compile again."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     objective = T.Objective(tiny(variant, n_layer=2), T.TrainConfig(dtype="bfloat16"))
     objective.compile(backend=counter, fullgraph=True, dynamic=False)
     for seed in range(3):
-        idx, targets = tokens(4, 24, seed=seed), tokens(4, 24, seed=seed + 1)
+        idx = tokens(4, 24, seed=seed)
+        targets = tokens(4, 24, seed=seed + 1)
         targets[2:] = -100 if seed == 2 else targets[2:]
         objective(idx, targets, (idx < 9).cumsum(1))[0].backward()
     assert counter.frame_count == 1
@@ -566,7 +743,8 @@ def test_one_graph_and_no_recompilation(variant):
 
 @pytest.mark.slow
 def test_training_and_evaluation_share_one_graph(data, tmp_path):
-    """Evaluation is in eval mode, and its last batch filled up; the model has no layer that the mode changes."""
+    """Evaluation is in eval mode, and its last batch filled up; the model has no layer that the
+    mode changes."""
     torch._dynamo.reset()
     trainer, run_folder = start(tmp_path / "a", data, "--deterministic=false")
     close(run_folder)
@@ -579,14 +757,23 @@ def test_training_and_evaluation_share_one_graph(data, tmp_path):
     assert counter.frame_count == 1
 
 
-# ------------------------------------------------------------------------------------------------------- many processes
+# ----------------------------------------------------------------------------------- many processes
+
 
 @pytest.mark.slow
 def test_three_processes_train_like_one_and_sigterm_saves_once(data, tmp_path):
-    """6 sequences a step in 2 passes of 3 processes, or 6 passes of one. Sums are ordered differently, so not bit for
-    bit. SIGTERM comes to torchrun, which passes it on to each process."""
-    flags = ["--variant=exo_dynamic", "--batch_size=1", "--total_batch_size=192", "--eval_every=10", "--save_every=20",
-             "--max_steps=100000", "--keep=0"]
+    """6 sequences a step in 2 passes of 3 processes, or 6 passes of one. Sums are ordered
+    differently, so not bit for bit. SIGTERM comes to torchrun, which passes it on to each
+    process."""
+    flags = [
+        "--variant=exo_dynamic",
+        "--batch_size=1",
+        "--total_batch_size=192",
+        "--eval_every=10",
+        "--save_every=20",
+        "--max_steps=100000",
+        "--keep=0",
+    ]
     train_fully(tmp_path / "one", data, *flags, stop_after=21)
     folder = tmp_path / "three"
     process = launch_ranks(3, folder, *SMALL, f"--data={data}", *flags, *FAST_START)
