@@ -394,7 +394,7 @@ CHECKPOINT_HELP = "checkpoint, train.py's or a released one; for a run folder, i
 
 
 def checkpoint_file(path):
-    """The path of a checkpoint, for a run folder that of its newest, so that results can name it."""
+    """The path of a checkpoint, of a run folder its newest, so that results can name it."""
     return newest_checkpoint(path) if os.path.isdir(path) else path
 
 

@@ -498,7 +498,7 @@ def test_the_official_file_is_downloaded_once_and_scored_only_whole(tmp_path, mo
     monkeypatch.setitem(H.SHA256, "val", hashlib.sha256(data).hexdigest())
 
     def fake_download(url, path, tries):
-        calls.append((url, path))
+        calls.append((url, path, tries))
         os.makedirs(os.path.dirname(path))
         pathlib.Path(path).write_bytes(data)
 
@@ -508,7 +508,7 @@ def test_the_official_file_is_downloaded_once_and_scored_only_whole(tmp_path, mo
         "https://raw.githubusercontent.com/rowanz/hellaswag/"
         "a29ff8e9a04bba4bd6588223785ce105328adc57/data/hellaswag_val.jsonl"
     )
-    assert calls == [(url, "data/hellaswag/hellaswag_val.jsonl")]
+    assert calls == [(url, "data/hellaswag/hellaswag_val.jsonl", 3)]
     pathlib.Path(calls[0][1]).write_bytes(data.replace(b'"label": 3', b'"label": 2', 1))
     with pytest.raises(UserError, match="hellaswag_val.jsonl is not the official file; remove it"):
         H.load_items(tokenizer="bytes")
@@ -555,7 +555,8 @@ def test_every_flag_reaches_what_it_sets(monkeypatch, capsys, tmp_path):
 
         return call
 
-    model = tiny(block_size=40)
+    shortest, middle, _ = sorted(items, key=lambda item: item.length)
+    model = tiny(block_size=middle.length)
     monkeypatch.setattr(H, "load_for_scoring", record("load", model))
     monkeypatch.setattr(H, "load_items", record("items", items))
     monkeypatch.setattr(H, "score", record("score", torch.zeros(3, 4, dtype=torch.float64)))
@@ -570,8 +571,8 @@ def test_every_flag_reaches_what_it_sets(monkeypatch, capsys, tmp_path):
     assert calls["score"] == (model, items, 7, torch.bfloat16)
     printed = capsys.readouterr().out
     assert "c.pt: HellaSwag, lmeval rendering, 2-shot, 3 items, bfloat16 on cpu" in printed
-    cut = sum(len(item.context) + max(map(len, item.endings)) - 1 > 40 for item in items)
-    assert 0 < cut < 3 and f"{cut} contexts were cut on the left to block_size=40" in printed
+    assert shortest.length < middle.length
+    assert f"1 contexts were cut on the left to block_size={middle.length}" in printed
     assert not run(monkeypatch, H, "--ckpt=c.pt", cpu, "--style=nanogpt")
     assert calls["items"] == ("", 0, "nanogpt", None, "", "bytes")
 
