@@ -27,6 +27,7 @@ from model import InputError, read_checkpoint
 from prepare_fineweb import UserError, command_line
 from test_model import (
     HERE,
+    LONG,
     SMALL,
     Quiet,
     close,
@@ -35,6 +36,7 @@ from test_model import (
     launch_ranks,
     log_of,
     newest_of,
+    output_of,
     released,
     resume,
     same_state,
@@ -461,7 +463,8 @@ def test_log_lines_that_a_full_disk_refuses_are_written_before_the_next_checkpoi
     folder.log = real
     assert folder.save(dict(step=2), keep=1)
     folder.write(dict(step=3))
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    written = (tmp_path / "log.jsonl").read_text(encoding="utf-8")
+    assert written == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     assert torch.load(tmp_path / "ckpt_000002.pt", weights_only=True)["log_size"] == 2 * len(
         '{"step": 1}\n'
     )
@@ -508,19 +511,24 @@ def launch(folder, *flags):
         *FAST_START,
         *flags,
     ]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
 
 
-def wait_for(condition, seconds=90):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
+def wait_for(process, condition):
+    """Wait until condition(), or until the process has ended; one that hangs is ended."""
+    end = time.monotonic() + LONG
+    while process.poll() is None and not condition():
+        if time.monotonic() > end:
+            process.terminate()
+            pytest.fail("waited too long")
         time.sleep(0.05)
 
 
 def lines_of(folder):
     """How many lines the log has."""
-    return (folder / "log.jsonl").read_text().count("\n") if (folder / "log.jsonl").exists() else 0
+    path = folder / "log.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
@@ -584,9 +592,13 @@ ENDLESS = ["--max_steps=100000", "--eval_every=0", "--save_every=0"]
 
 @pytest.fixture
 def handlers():
-    """The signal handlers of this process are put back after the test."""
+    """Python's own signal handlers, also where the tests run in the background or under nohup.
+
+    Those of this process are put back after the test.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -653,12 +665,12 @@ def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_tells_how_to_go_on_and_exits_with_its_code(data, tmp_path):
+def test_ctrl_c_saves_tells_how_to_go_on_and_exits_with_its_code(data, handlers, tmp_path):
     folder = tmp_path / "a"
     process = launch(folder, f"--data={data}", *ENDLESS)
-    wait_for(lambda: lines_of(folder) > 3)
+    wait_for(process, lambda: lines_of(folder) > 3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = output_of(process)
     step = int(newest_of(folder)[5:-3])
     assert process.returncode == 130 and "Traceback" not in err
     assert "stopped by SIGINT" in out and f"python train.py --resume --out_dir={folder}" in out
@@ -685,10 +697,10 @@ def test_a_storm_of_kills_loses_nothing(data, tmp_path):
     for _ in range(kills):
         process = launch(folder, *flags, *(["--resume"] if folder.exists() else []))
         lines = lines_of(folder)
-        wait_for(lambda: process.poll() is not None or lines_of(folder) not in (0, lines))
+        wait_for(process, lambda: lines_of(folder) not in (0, lines))
         time.sleep(float(rng.uniform(0, 0.7)))
         process.kill()
-        process.communicate()
+        output_of(process)
         assert all(map(read_checkpoint, folder.glob("ckpt_*.pt")))
     assert same_state(train_fully(tmp_path / "b", data, *flags), resume(folder)) == []
     assert log_of(tmp_path / "b") == log_of(folder)
@@ -701,7 +713,7 @@ def test_a_storm_of_kills_loses_nothing(data, tmp_path):
 def test_evaluation_keeps_the_graph_of_one_pass_at_most(compiled, data, tmp_path):
     """None if eager. A compiled run evaluates with the graph that trains; two alive at once would
     need twice the memory of a training step. Nothing is compiled here."""
-    (trainer, run_folder) = start(tmp_path / "a", data)
+    trainer, run_folder = start(tmp_path / "a", data)
     alive = [0, 0]
     close(run_folder)
     trainer.config = replace(trainer.config, compile=compiled)
@@ -777,9 +789,9 @@ def test_three_processes_train_like_one_and_sigterm_saves_once(data, tmp_path):
     train_fully(tmp_path / "one", data, *flags, stop_after=21)
     folder = tmp_path / "three"
     process = launch_ranks(3, folder, *SMALL, f"--data={data}", *flags, *FAST_START)
-    wait_for(lambda: len(log_of(folder, "loss")) > 21 if lines_of(folder) else False)
+    wait_for(process, lambda: lines_of(folder) and len(log_of(folder, "loss")) > 21)
     process.terminate()
-    out = process.communicate(timeout=90)[0]
+    out = output_of(process)[0]
     assert out.count("stopped by SIGTERM") == 1 and process.returncode != 0
     assert log_of(folder)[-1]["step"] == int(newest_of(folder)[5:-3])
     for a, b in zip(log_of(tmp_path / "one"), log_of(folder)):
@@ -795,7 +807,7 @@ def test_an_input_error_under_torchrun_is_said_once(data, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "ckpt_000001.pt").write_bytes(b"")
     process = launch_ranks(2, tmp_path / "a", *SMALL, f"--data={data}")
-    out = process.communicate()[0]
+    out = output_of(process)[0]
     assert process.returncode == 1
     assert out.count("holds a run already") == 1
     assert "Connection closed" not in out and 'train.py", line' not in out
