@@ -114,11 +114,9 @@ def test_the_report_counts_what_the_optimizers_hold(capsys):
     model(torch.ones(1, 1000)).sum().backward()
     optimizer.step()
     T.report_memory(types.SimpleNamespace(model=model, optimizers=[optimizer]))
-    n = 4 * 3003000 / 1e9
-    assert (
-        f"{5 * n:.3g} GB of weights, gradients and optimizer states; "
-        f"a checkpoint has {4 * n:.3g} GB" in (capsys.readouterr().out)
-    )
+    line = capsys.readouterr().out
+    assert "0.0601 GB of weights, gradients and optimizer states; a checkpoint has" in line
+    assert line.endswith(" 0.048 GB\n")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +201,10 @@ def test_a_model_too_large_for_the_machine_is_one_line(data, tmp_path):
 def test_what_cannot_be_written_is_one_line(place, data, tmp_path):
     """A log that is a folder, a run folder that is a file."""
     folder = tmp_path / "a"
-    (folder / place).mkdir(parents=True) if place else folder.write_text("")
+    if place:
+        (folder / place).mkdir(parents=True)
+    else:
+        folder.write_bytes(b"")
     message = run_main(f"--data={data}", f"--out_dir={folder}", *SMALL)
     assert re.fullmatch(f"train.py: .*{place or folder}.*", message)
 
@@ -222,21 +223,15 @@ def test_init_from_takes_weights_and_sizes_of_a_checkpoint(source, tmp_path, mon
         pf.write_shard(tmp_path / "data" / f"t_{split}_000000.bin", tokens(500).numpy())
     _, state, model = released("exo_elementwise")
     path = tmp_path / "source.pt"
-    out = f"--out_dir={tmp_path / 'a'}"
-    torch.save(dict(model=state), path) if source == "released" else saved(model, path)
-    flags = [
-        out,
-        f"--init_from={path}",
-        f"--data={tmp_path / 'data'}",
-        "--device=cpu",
-        "--block_size=32",
-        "--batch_size=2",
-        "--total_batch_size=64",
-        "--max_steps=2",
-    ]
-    with pytest.raises(
-        (InputError, UserError), match="--n_embd=64 does not fit .*source.pt, which has n_embd=32"
-    ):
+    if source == "released":
+        torch.save(dict(model=state), path)
+    else:
+        saved(model, path)
+    flags = [f"--out_dir={tmp_path / 'a'}", f"--init_from={path}", f"--data={tmp_path / 'data'}"]
+    flags += ["--device=cpu", "--block_size=32", "--batch_size=2"]
+    flags += ["--total_batch_size=64", "--max_steps=2"]
+    words = "--n_embd=64 does not fit .*source.pt, which has n_embd=32"
+    with pytest.raises(UserError, match=words):
         T.prepare([*flags, "--n_embd=64"])
     trainer, run_folder = T.prepare(flags)
     assert trainer.model.config == replace(model.config, block_size=32)
@@ -359,9 +354,9 @@ def test_the_first_step_is_printed_in_100_columns(data, tmp_path, capsys):
     assert run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, "--max_steps=3") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " ms  " in line]
     assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
-    trainer = types.SimpleNamespace(
-        config=T.TrainConfig(device="cpu"), model=tiny("base"), model_config=tiny("base").config
-    )
+    model = tiny("base")
+    config = T.TrainConfig(device="cpu")
+    trainer = types.SimpleNamespace(config=config, model=model, model_config=model.config)
     record = dict(step=38147, loss=12.3456, z=123.4, grad_norm=12.345, lr=1e-3, ms=2067.1)
     line = T.progress_line(trainer, record, 99 * 3600)
     assert len(line) <= 100
@@ -391,11 +386,8 @@ def test_a_folder_is_for_one_run_at_a_time(whole, data, tmp_path):
 @pytest.mark.parametrize("keep, steps", [(2, [9, 12]), (0, [0, 3, 6, 9, 12])])
 def test_only_the_newest_checkpoints_are_kept(keep, steps, data, tmp_path):
     train_fully(tmp_path / "a", data, f"--keep={keep}", "--save_every=3")
-    assert sorted(os.listdir(tmp_path / "a")) == [
-        *(f"ckpt_{step:06d}.pt" for step in steps),
-        "lock",
-        "log.jsonl",
-    ]
+    names = [f"ckpt_{step:06d}.pt" for step in steps]
+    assert sorted(os.listdir(tmp_path / "a")) == [*names, "lock", "log.jsonl"]
 
 
 def test_what_a_group_says_comes_from_the_settings_after_a_resume(whole, tmp_path):
@@ -408,12 +400,8 @@ def test_what_a_group_says_comes_from_the_settings_after_a_resume(whole, tmp_pat
     torch.save(checkpoint, path)
     resumed = resume(tmp_path / "a", "--adamw_lr=0.002", "--max_steps=13", "--final_lr=1")
     group = resumed.optimizers[1].param_groups[0]
-    assert (group["fused"], group["peak_lr"], group["eps"], group["lr"]) == (
-        False,
-        0.002,
-        1e-8,
-        0.002,
-    )
+    assert (group["fused"], group["eps"]) == (False, 1e-8)
+    assert group["peak_lr"] == group["lr"] == 0.002
     assert resumed.optimizers[1].state_dict()["state"][0]["step"] == 13
 
 
@@ -429,9 +417,10 @@ def test_data_that_go_bad_in_mid_run_cost_no_step(content, split, steps, whole, 
 
     def spoil(trainer):
         for path in (tmp_path / "data").glob(f"t_{split}_*.bin") if trainer.step == 5 else []:
-            path.write_bytes(content) if content is not None else pf.write_shard(
-                path, np.full(900, 300)
-            )
+            if content is None:
+                pf.write_shard(path, np.full(900, 300))
+            else:
+                path.write_bytes(content)
 
     spoilt = train_fully(tmp_path / "a", tmp_path / "data", "--save_every=0", before_step=spoil)
     assert spoilt.step in steps and newest_of(tmp_path / "a") == f"ckpt_{spoilt.step:06d}.pt"
@@ -452,22 +441,22 @@ def test_log_lines_that_a_full_disk_refuses_are_written_before_the_next_checkpoi
     folder = T.RunFolder(str(tmp_path), resume=False)
     folder.open_log(0)
     real = folder.log
-    folder.log = types.SimpleNamespace(
-        write=real.write, fileno=real.fileno, flush=lambda: os.truncate(os.devnull, -1)
-    )  # an OSError
+
+    def flush():
+        raise OSError("no space left")
+
+    folder.log = types.SimpleNamespace(write=real.write, fileno=real.fileno, flush=flush)
     folder.write(dict(step=1))
     folder.write(dict(step=2))
-    assert capsys.readouterr().out.count("COULD NOT WRITE") == 2 and not os.path.getsize(
-        tmp_path / "log.jsonl"
-    )
+    assert capsys.readouterr().out.count("COULD NOT WRITE") == 2
+    assert not os.path.getsize(tmp_path / "log.jsonl")
     folder.log = real
     assert folder.save(dict(step=2), keep=1)
     folder.write(dict(step=3))
     written = (tmp_path / "log.jsonl").read_text(encoding="utf-8")
     assert written == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
-    assert torch.load(tmp_path / "ckpt_000002.pt", weights_only=True)["log_size"] == 2 * len(
-        '{"step": 1}\n'
-    )
+    checkpoint = torch.load(tmp_path / "ckpt_000002.pt", weights_only=True)
+    assert checkpoint["log_size"] == 2 * len('{"step": 1}\n')
 
 
 @pytest.mark.parametrize(
@@ -483,10 +472,9 @@ def test_a_log_that_goes_in_mid_run_costs_no_checkpoint_and_is_missed(
 
     assert same_state(whole, train_fully(tmp_path / "a", data, before_step=take)) == []
     assert newest_of(tmp_path / "a") == "ckpt_000012.pt"
-    assert (
-        capsys.readouterr().out.count("removed, replaced or cut: earlier records are missing") == 1
-    )
-    assert [record["step"] for record in log_of(tmp_path / "a", "loss")] == [6, 7, 8, 9, 10, 11, 12]
+    said = "removed, replaced or cut: earlier records are missing"
+    assert capsys.readouterr().out.count(said) == 1
+    assert [record["step"] for record in log_of(tmp_path / "a", "loss")] == list(range(6, 13))
 
 
 def test_a_character_that_the_terminal_lacks_does_not_end_the_output():
@@ -496,21 +484,14 @@ def test_a_character_that_the_terminal_lacks_does_not_end_the_output():
     assert terminal.buffer.getvalue() == b"? one\ntwo\n"
 
 
-FAST_START = [
-    "--deterministic=false"
-]  # True makes torch import Inductor, 2 seconds; one thread is exact anyway
+# true makes torch import Inductor, 2 seconds; one thread is exact anyway
+FAST_START = ["--deterministic=false"]
 
 
 def launch(folder, *flags):
     """train.py as a user starts it."""
-    command = [
-        sys.executable,
-        str(HERE / "train.py"),
-        *SMALL,
-        f"--out_dir={folder}",
-        *FAST_START,
-        *flags,
-    ]
+    command = [sys.executable, str(HERE / "train.py"), *SMALL]
+    command += [f"--out_dir={folder}", *FAST_START, *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
 
@@ -543,9 +524,7 @@ def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
         message = run_main(f"--data={data}", f"--out_dir={tmp_path / 'b'}", *SMALL)
-        assert message.endswith(
-            "the run ends at step 0 without a checkpoint of it"
-        )  # stops at once
+        assert message.endswith("the run ends at step 0 without a checkpoint of it")  # at once
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         save = T.save
 
@@ -570,19 +549,14 @@ def test_output_that_cannot_be_written_does_not_stop_training(where, data, tmp_p
         pytest.skip("no /dev/full here")
     reader, writer = os.pipe()
     os.close(reader)
-    with (
-        os.fdopen(writer, "w") as pipe,
-        open("/dev/full" if where == "full disk" else os.devnull, "w") as full,
-    ):
+    path = "/dev/full" if where == "full disk" else os.devnull
+    with os.fdopen(writer, "w") as pipe, open(path, "w", encoding="utf-8") as full:
         stream = {"full disk": full, "closed pipe": pipe, "closed stream": None}[where]
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)
         code = run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL)
-    assert (
-        code == 0
-        and newest_of(tmp_path / "a") == "ckpt_000012.pt"
-        and len(log_of(tmp_path / "a", "loss")) == 12
-    )
+    assert code == 0 and newest_of(tmp_path / "a") == "ckpt_000012.pt"
+    assert len(log_of(tmp_path / "a", "loss")) == 12
 
 
 # -------------------------------------------------------------------------------- signals and kills
@@ -619,10 +593,8 @@ def test_a_signal_is_obeyed_after_the_step(
 
     monkeypatch.setattr(T.Trainer, "update", signalled)
     signal.signal(number, lambda *_: None)  # a run that is deaf to it ends with code 0
-    assert (
-        run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, stop=T.Stop)
-        == 128 + number
-    )
+    flags = [f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL]
+    assert run_main(*flags, stop=T.Stop) == 128 + number
     assert f"stopped by {name} after step 5, saved" in capsys.readouterr().out
     assert newest_of(tmp_path / "a") == "ckpt_000005.pt"
 
