@@ -27,7 +27,7 @@ from model import InputError, read_checkpoint
 from prepare_fineweb import UserError, command_line
 from test_model import (
     HERE,
-    LONG,
+    PATIENCE,
     SMALL,
     Quiet,
     close,
@@ -498,7 +498,7 @@ def launch(folder, *flags):
 
 def wait_for(process, condition):
     """Wait until condition(), or until the process has ended; one that hangs is ended."""
-    end = time.monotonic() + LONG
+    end = time.monotonic() + PATIENCE
     while process.poll() is None and not condition():
         if time.monotonic() > end:
             process.terminate()
