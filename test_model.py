@@ -2288,7 +2288,7 @@ def test_a_planted_nan_stops_the_run_and_is_never_saved(where, row, data, tmp_pa
     assert newest_of(tmp_path / "a") == "ckpt_000004.pt" and log_of(tmp_path / "a")[-1]["step"] == 6
 
 
-# -------------------------------------------------------------------------- the settings of training
+# ------------------------------------------------------------------------- the settings of training
 
 PLAIN = """--variant=exo_dynamic --max_steps=4 --warmup_steps=2 --decay_fraction=0.5 --eval_every=0
     --eval_tokens=64 --final_eval_tokens=64 --save_every=0 --sample_tokens=0""".split()
@@ -2481,7 +2481,8 @@ TRAINING_EFFECTS = {
     "sample_tokens": (lambda run: run.sampled, {0: [], 8: [8]}),
 }
 # fmt: on
-CHANGE_THE_WEIGHTS = """data init_from dtype seed max_steps total_batch_size mask_documents optimizer
+CHANGE_THE_WEIGHTS = """data init_from dtype seed max_steps total_batch_size mask_documents
+    optimizer
     muon_lr muon_momentum muon_ramp muon_beta2 muon_dtype muon_fused adamw_lr weight_decay
     warmup_steps decay_fraction final_lr grad_clip z_loss""".split()
 
@@ -3240,7 +3241,8 @@ def test_two_processes_equal_one_with_two_accumulations_bit_for_bit(data, tmp_pa
     on, begins an epoch anew."""
     folder = tmp_path / "two"
     flags = """--variant=exo_dynamic --n_layer=1 --block_size=31 --batch_size=1
-        --total_batch_size=62 --max_steps=23 --save_every=21 --eval_every=0 --compile=true""".split()
+        --total_batch_size=62 --max_steps=23 --save_every=21 --eval_every=0
+        --compile=true""".split()
     one = train_fully(tmp_path / "one", data, *flags)
     run_ranks(2, folder, *SMALL, f"--data={data}", *flags)
     two = weights(folder, 23)
