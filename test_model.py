@@ -2810,6 +2810,9 @@ def test_a_checkpoint_is_written_when_the_log_it_counts_is_on_the_disk(tmp_path,
     assert run_folder.save(dict(step=1), keep=0)
     assert order[:2] == [run_folder.log.fileno(), "save"]
     close(run_folder)
+    checkpoint = torch.load(tmp_path / "a" / "ckpt_000001.pt", weights_only=True)
+    assert checkpoint["format"] == 1 and checkpoint["torch_version"] == torch.__version__
+    assert checkpoint["git_revision"] == T.git_revision()
 
 
 def test_gradients_of_every_dtype_are_summed_over_the_processes(monkeypatch):
@@ -2823,6 +2826,34 @@ def test_gradients_of_every_dtype_are_summed_over_the_processes(monkeypatch):
     monkeypatch.setattr(T.dist, "all_reduce", lambda tensor, op: tensor.mul_(2))
     T.all_reduce_gradients(parameters)
     assert all((p.grad == 3).all() and p.grad.dtype == p.dtype for p in parameters)
+
+
+def test_two_processes_read_the_windows_that_one_would(data, tmp_path, monkeypatch):
+    """Of a step and of an evaluation, each its own; and they share the mean of the loss."""
+    one, run_folder = start(tmp_path / "one", data, "--batch_size=4")
+    close(run_folder)
+    whole_step = one.read_step()
+    whole_val = T.read_validation(one, 0, 4)
+    two, run_folder = start(tmp_path / "two", data, "--batch_size=2")
+    close(run_folder)
+    two.sequences = 4
+    monkeypatch.setattr(T, "WORLD_SIZE", 2)
+    monkeypatch.setattr(T.dist, "all_reduce", lambda tensor, op: tensor.mul_(2))  # as of two alike
+    steps = []
+    val = []
+    for rank in (0, 1):
+        monkeypatch.setattr(T, "RANK", rank)
+        steps.append(two.read_step())
+        val += T.read_validation(two, 0, 4)
+    assert np.array_equal(np.concatenate(steps, axis=1), whole_step)
+    assert np.array_equal(val, whole_val)
+    cross_entropy, z = two.backward(steps[0])
+    assert cross_entropy == pytest.approx(math.log(320), rel=1e-5)
+    alike = two.model.head.weight.grad.clone()
+    two.model.zero_grad()
+    monkeypatch.setattr(T, "WORLD_SIZE", 1)
+    two.backward(steps[0])
+    torch.testing.assert_close(alike, two.model.head.weight.grad)
 
 
 def test_init_from_is_refused_on_data_of_another_tokenizer(data, tmp_path):

@@ -366,6 +366,32 @@ def test_the_first_step_is_printed_in_100_columns(data, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("processes, share", [(1, "40.0%"), (4, "10.0%")])
+def test_mfu_is_that_of_one_device(processes, share, monkeypatch):
+    monkeypatch.setattr(T, "WORLD_SIZE", processes)
+    monkeypatch.setattr(T, "flops_per_token", lambda model, length: 1000)
+    monkeypatch.setattr(T, "peak_flops", lambda device: 2.5e6)
+    model_config = types.SimpleNamespace(block_size=8)
+    config = T.TrainConfig(device="cpu", total_batch_size=500)
+    trainer = types.SimpleNamespace(config=config, model=None, model_config=model_config)
+    record = dict(step=3, loss=1.0, grad_norm=1.0, lr=0.1, ms=500.0)
+    line = T.progress_line(trainer, record, 61)
+    assert "1k tok/s  ETA 0:01:01" in line and line.endswith(f"MFU {share}")
+
+
+def test_epochs_and_time_left_are_those_to_come(data, tmp_path, capsys, monkeypatch):
+    """12 steps of 4 windows out of 41; 2 s a step after 5 of them."""
+    trainer, run_folder = start(tmp_path / "a", data)
+    assert "12 steps of 128: 1,536 tokens, 1.17 epochs" in capsys.readouterr().out
+    asked = []
+    monkeypatch.setattr(T, "progress_line", lambda trainer, record, left: str(asked.append(left)))
+    trainer.step = 5
+    trainer.config = replace(trainer.config, log_every=1)
+    T.report_step(trainer, run_folder, dict(step=5), 2.0, is_first=False)
+    close(run_folder)
+    assert asked == [14.0]
+
+
 def test_printed_commands_can_be_pasted(data, tmp_path, capsys):
     folder = tmp_path / "a run"
     assert run_main(f"--data={data}", f"--out_dir={folder}", *SMALL, "--max_steps=1") == 0
