@@ -1043,6 +1043,10 @@ class Stop:
 
 def init_processes(device):
     """Join the group that torchrun started."""
+    # Dynamo imports this later. Its default arguments are the group of that moment, and a group
+    # that outlives destroy_process_group has threads that can abort the process as it exits.
+    import torch.distributed.nn.functional
+
     # a process that hangs ends the others after this; a checkpoint has to be written faster
     timeout = timedelta(minutes=10)
     if device != "cuda":
