@@ -342,7 +342,7 @@ def draw_similarity(record, path):
 def pyplot():
     """matplotlib.pyplot, set to draw into files. UserError where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("matplotlib is not installed; pip install -r paper/requirements.txt")
+        raise UserError("matplotlib is not installed; pip install matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")
