@@ -493,20 +493,21 @@ def inner_limits(values):
 # ---- command -------------------------------------------------------------------------------------
 
 
-def read_record(path):
-    """The JSON of one checkpoint. UserError when it is not one that table2.py wrote."""
+def read_records(path):
+    """The records in a file that table2.py wrote, .json or .jsonl. UserError where it is none."""
     try:
         with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-        lacks = WANTED - set(record)
+            lines = file if path.endswith(".jsonl") else [file.read()]
+            records = [json.loads(line) for line in lines]
+        lacks = {name for record in records for name in WANTED - set(record)}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); make it with python paper/table2.py"
         ) from None
-    if lacks:
-        names = ", ".join(sorted(lacks))
+    if lacks or not records:
+        names = ", ".join(sorted(lacks)) or "all records"
         raise UserError(f"{path}: not a file of this paper/table2.py, it lacks {names}")
-    return record
+    return records
 
 
 def draw(records, folder):
@@ -527,7 +528,8 @@ def draw(records, folder):
         yield draw_anchor_use(records, styles, path("anchor_use"))
     for record in records:
         label = record["label"]
-        yield draw_similarity(record, path(f"similarity_{label}"))
+        if record["token_maps"]:
+            yield draw_similarity(record, path(f"similarity_{label}"))
         if mixed_letters(record):
             yield draw_lambda_map(record, path(f"lambda_map_{label}"))
             yield draw_use_map(record, path(f"anchor_use_{label}"))
@@ -547,12 +549,12 @@ def main():
         help="folder for the pictures (default: out/figures)",
     )
     args = parser.parse_args()
-    records = [read_record(path) for path in args.records]
+    records = [record for path in args.records for record in read_records(path)]
     labels = [record["label"] for record in records]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise UserError(
-            f"two files have the label {twice[0]}, so one's pictures would replace the other's: "
+            f"two records have the label {twice[0]}, so one's pictures would replace the other's: "
             "rename a run folder and run table2.py again"
         )
     os.makedirs(args.out, exist_ok=True)

@@ -4,9 +4,12 @@ Table 2, the numbers of Section 4.4 and of the appendix, for checkpoints of ours
     python paper/table2.py --ckpt=out/paper-base --ckpt=out/paper-exo --data=DIR
     python paper/table2.py --ckpt=out/paper-exo --data=DIR --ablate_anchor      the anchor removed
     python paper/figures.py out/analysis/*.json                                 the pictures
+    python paper/table2.py --ckpt=summary.jsonl                        what --summary kept, again
 
 Writes one JSON for each checkpoint, which holds every quantity layer by layer (paper/analysis.py
-says how they are defined), and prints the numbers that the paper states beside the paper's.
+says how they are defined), and prints the numbers that the paper states beside the paper's. With
+--summary all of them go into one small file too, without what is large: the maps of tokens, and
+what is known of every channel.
 """
 
 import argparse
@@ -30,8 +33,10 @@ from analysis import (
     stage_3,
     validation_windows,
 )
+from compare import write_lines
+from figures import read_records
 from model import InputError, choose_device, load_checkpoint, newest_checkpoint
-from prepare_fineweb import UserError, atomic_write, command_line
+from prepare_fineweb import UserError, atomic_write, check_writable, command_line
 
 ROWS = 4  # validation rows that are analysed: as many as in the paper's released analysis
 ABLATED = "anchor removed"
@@ -251,7 +256,7 @@ def print_near_zero_ratio(records):
         for normed in records:
             unlike = plain["model_config"] != normed["model_config"]
             without_norms = {**normed["model_config"], "anchor_norm": ""}
-            if unlike and plain["model_config"] == without_norms:
+            if unlike and plain["model_config"] == without_norms and plain["lambdas"]:
                 share = near_zero(plain["lambdas"].values())
                 other = near_zero(normed["lambdas"].values())
                 times = number(share / other if other else None, 2)
@@ -277,6 +282,9 @@ def measure(args):
     device = choose_device(args.device, among=("cuda", "cpu"))
     os.makedirs(args.out, exist_ok=True)
     for path in args.ckpt:
+        if path.endswith(".jsonl"):
+            yield from read_records(path)
+            continue
         model = load_checkpoint(path, device)
         if args.ablate_anchor and model.config.anchor == "none":
             print(f"left out: {path} has no anchor that could be removed", flush=True)
@@ -304,10 +312,11 @@ def parse_args():
         action="append",
         required=True,
         metavar="PATH",
-        help="checkpoint, ours or a released one, or a run folder: its newest; repeat for more",
+        help="checkpoint, ours or a released one, or a run folder: its newest, or a file of "
+        "--summary; repeat for more",
     )
     parser.add_argument(
-        "--data", required=True, metavar="DIR", help="folder of token shards (validation split)"
+        "--data", default="", metavar="DIR", help="folder of token shards (validation split)"
     )
     parser.add_argument(
         "--rows", type=int, default=ROWS, help=f"validation rows (default: the paper's {ROWS})"
@@ -333,11 +342,23 @@ def parse_args():
     parser.add_argument(
         "--out", default="out/analysis", metavar="DIR", help="JSON files (default: out/analysis)"
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--summary", default="", metavar="FILE", help="also keep the records here, a line each"
+    )
+    args = parser.parse_args()
+    if not args.data and not all(path.endswith(".jsonl") for path in args.ckpt):
+        parser.error("--data=DIR is needed to analyse a checkpoint")
+    return args
+
+
+def summary_of(record):
+    """The record without what grows with tokens or channels: some 6 kB are left."""
+    return {**record, "lambdas": {}, "gammas": {}, "anchor_use": {}, "token_maps": {}}
 
 
 def main():
     args = parse_args()
+    check_writable(args.summary)
     args.ckpt = [newest_checkpoint(path) if os.path.isdir(path) else path for path in args.ckpt]
     labels = [label_of(path, args.ablate_anchor) for path in args.ckpt]
     if len(set(labels)) < len(labels):
@@ -348,13 +369,16 @@ def main():
     records = list(measure(args))
     if not records:
         raise UserError("--ablate_anchor: none of the checkpoints has an anchor; drop the flag")
+    if args.summary:
+        write_lines([summary_of(record) for record in records], args.summary)
     print_table_2(records)
     print_stages(records)
     print_embedding_similarity(records)
     print_gates(records)
     print_mixing(records)
     print_near_zero_ratio(records)
-    print(f"\nPictures: python paper/figures.py {args.out}/*.json")
+    kept = [path for path in args.ckpt if path.endswith(".jsonl")]
+    print(f"\nPictures: python paper/figures.py {' '.join(kept) or f'{args.out}/*.json'}")
 
 
 if __name__ == "__main__":

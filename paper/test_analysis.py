@@ -652,6 +652,37 @@ def test_table_2_writes_and_prints(folder, table_2, tokens, capsys):
         assert cells[2:4] == [sink, "0.0073"]
 
 
+def test_a_summary_prints_the_tables_again_and_is_small(folder, table_2, capsys, call):
+    """The tables without lambdas, of models with and without an anchor and of its removal."""
+    paths = [folder / variant / "ckpt_000007.pt" for variant in ("base", "exo_dynamic")]
+    kept = [folder / "kept.jsonl", folder / "removed.jsonl"]
+    first = []
+    for file, flags in zip(kept, ([], ["--ablate_anchor"])):
+        table_2(*(f"--ckpt={path}" for path in paths), f"--summary={file}", *flags)
+        printed = capsys.readouterr().out
+        first.append(printed[printed.index("Table 2,") :].split("\nLambdas,")[0].rstrip())
+        assert file.stat().st_size < 3000 * len(file.read_text().splitlines())
+    for file, printed in zip(kept, first):
+        call(table2.main, f"--ckpt={file}")
+        again, pictures = capsys.readouterr().out.strip().split("\n\nPictures: ")
+        assert again == printed.split("\n\nPictures: ")[0]
+        assert pictures == f"python paper/figures.py {file}"
+    records = [record for file in kept for record in figures.read_records(str(file))]
+    assert [record["ablate_anchor"] for record in records] == [False, False, True]
+
+
+def test_a_summary_has_the_pictures_of_its_numbers(records, pages, tmp_path, call):
+    table2.write_lines(map(table2.summary_of, records), str(tmp_path / "kept.jsonl"))
+    call(figures.main, tmp_path / "kept.jsonl", f"--out={tmp_path}")
+    assert sorted(pages) == ["by_layer", "gates", "layers"]
+
+
+def test_a_checkpoint_without_data_is_refused(folder, call, capsys):
+    with pytest.raises(SystemExit):
+        call(table2.main, f"--ckpt={folder / 'base' / 'ckpt_000007.pt'}")
+    assert "--data=DIR is needed" in capsys.readouterr().err
+
+
 def rows_under(title, printed):
     """{first cell: the other cells} of the printed table whose title begins so.
 
@@ -1386,7 +1417,7 @@ def test_figures_refuses_other_files(tmp_path, records, call):
     (tmp_path / "torn.json").write_text("{")
     for files, problem in (
         (["other"], "not a file of this paper/table2.py, it lacks .*anchor_use"),
-        (["a", "b"], "two files have the label odd"),
+        (["a", "b"], "two records have the label odd"),
         (["torn"], "torn.json: cannot be read"),
     ):
         with pytest.raises(UserError, match=problem):
