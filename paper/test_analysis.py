@@ -1422,3 +1422,6 @@ def test_figures_refuses_other_files(tmp_path, records, call):
     ):
         with pytest.raises(UserError, match=problem):
             call(figures.main, *(tmp_path / f"{name}.json" for name in files))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="empty.jsonl: .* it lacks all records"):
+        call(figures.main, tmp_path / "empty.jsonl")
