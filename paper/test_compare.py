@@ -751,7 +751,6 @@ def losses_in(*kinds):
 
 SWEEP = "variant|layers|parameters|val loss|sd|perplexity|paper's|loss - base|loss - gated"
 TOKENS = "variant|val loss|tokens, base / own|tokens, gated / own"
-PLAN = "variant|val loss|loss - base|loss - gated|loss - first of its variant"
 ABLATION = "variant|val loss|sd|loss - gated|loss - first of its variant"
 
 
@@ -760,7 +759,6 @@ ABLATION = "variant|val loss|sd|loss - gated|loss - first of its variant"
     (["six", "rest", "control"], TOKENS, lambda label: label != "base"),
     (["ablations"], ABLATION, lambda label: True),
     (["ablations", "rates"], ABLATION, lambda label: "optimizer=" in label or "muon_lr=" in label),
-    (["plan"], PLAN, lambda label: True),
     (["long"], "variant|val loss|loss - base|loss - gated", lambda label: True),
     (["long"], TOKENS, lambda label: label != "base"),
 ])  # fmt: skip
@@ -771,6 +769,70 @@ def test_results_hold_what_the_program_prints_for_the_committed_runs(kinds, head
     for row in committed(*kinds)[1]:
         if wanted(row["variant"]):
             assert f"| {' | '.join(row[name] for name in names)} |" in lines
+
+
+PLAN_MODELS = ["base", "gated", "exo", "exo-lambda_init=1.0", "exo-mix=vg-anchor_norm=vg"]
+PLAN_MODELS += ["exo_dynamic"]
+PLAN_RATES = ["-muon_lr=0.005-adamw_lr=0.0015", "", "-muon_lr=0.02-adamw_lr=0.006"]
+PLAN_RATES += ["-muon_lr=0.04-adamw_lr=0.012"]
+
+
+def test_results_hold_the_losses_of_the_plan_at_each_rate():
+    """By json alone: mean and standard deviation over seeds 4, 5 and 6."""
+    losses = losses_in("plan")
+    lines = lines_of("RESULTS.md")
+    for model in PLAN_MODELS:
+        cells = []
+        for rate in PLAN_RATES:
+            found = [losses[model + rate][seed] for seed in (4, 5, 6)]
+            cells.append(f"{statistics.fmean(found):.4f} ({statistics.stdev(found):.4f})")
+        assert f"| {model.replace('-', ' ')} | {' | '.join(cells)} |" in lines
+
+
+@pytest.mark.parametrize("best, tests, seeds, degrees, t", [
+    (
+        ("muon_lr", "adamw_lr"),
+        ["gated - base", "exo - gated", "exo_dynamic - exo", "exo lambda_init=1.0 - exo",
+         "exo mix=vg anchor_norm=vg - exo"],
+        (4, 5, 6), 10, 2.2281,
+    ),
+    (
+        (),
+        ["exo lambda_init=1.0 - exo", "exo mix=vg anchor_norm=vg - exo"],
+        (4, 5, 6, 7, 8, 9), 10, 2.2281,
+    ),
+])  # fmt: skip
+def test_results_hold_the_tests_of_the_plan(best, tests, seeds, degrees, t):
+    """The program's rows; differences and intervals a second time, by json and statistics alone."""
+    lines = lines_of("RESULTS.md")
+    losses = losses_in("plan")
+    models = PLAN_MODELS if best else PLAN_MODELS[2:5]
+    chosen = {}
+    for model in models:
+        rates = PLAN_RATES if best else [""]
+        rows = [[losses[model + rate][seed] for seed in seeds] for rate in rates]
+        chosen[model.replace("-", " ")] = min(rows, key=statistics.fmean)
+    means = [statistics.fmean(column) for column in zip(*chosen.values())]
+    left = 0
+    for row in chosen.values():
+        deviations = [x - mean for x, mean in zip(row, means)]
+        left += statistics.variance(deviations) * (len(row) - 1)
+    half = t * math.sqrt(left / degrees * 2 / len(seeds))
+    for test in tests:
+        first, _, second = test.partition(" - ")
+        mean = statistics.fmean(chosen[first]) - statistics.fmean(chosen[second])
+        start = f"| {test} | {len(seeds)} | {mean:+.4f} +- {half:.4f}"
+        assert [line for line in lines if line.startswith(start)], start
+    runs = compare.read_runs(str(HERE / "results" / "plan.jsonl"))
+    for row in printed_tests(runs, best, tests):
+        assert row in lines
+
+
+def printed_tests(runs, best, tests):
+    """The rows of the table of tests that compare.py prints, with single spaces."""
+    printed = [" ".join(line.split()) for line in compare.summarise(runs, best, tests)[1]]
+    begin = next(i for i, line in enumerate(printed) if line.startswith("| test |"))
+    return printed[begin + 2 : begin + 2 + len(tests)]
 
 
 def test_the_readme_holds_the_effect_of_each_idea_and_the_six_variants_losses():
