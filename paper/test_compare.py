@@ -889,6 +889,23 @@ def test_committed_numbers_equal_a_second_computation(kinds, baseline, heading, 
     assert seen == count
 
 
+def test_results_hold_the_norms_and_spikes_of_four_runs():
+    """Typed as usage.py defines them, with the standard deviation of statistics."""
+    lines = lines_of("RESULTS.md")
+
+    def count_spikes(values):
+        windows = [values[i - 50 : i] for i in range(50, len(values))]
+        limits = [statistics.fmean(some) + 5 * statistics.pstdev(some) for some in windows]
+        return sum(value > limit for value, limit in zip(values[50:], limits))
+
+    for record in map(json.loads, lines_of("results/steps.jsonl")):
+        norms = record["grad_norm"]
+        high = np.percentile(norms, 99)
+        cells = [record["run"], "300", f"{statistics.median(norms):.3f}", f"{high:.3f}"]
+        cells += [f"{max(norms):.3f}", count_spikes(record["loss"]), count_spikes(norms)]
+        assert f"| {' | '.join(map(str, cells))} |" in lines
+
+
 def test_results_hold_the_numbers_of_the_longer_run():
     """Table 2's quantities over training: averages over the layers of four models in a cell."""
     lines = lines_of("RESULTS.md")
