@@ -750,6 +750,7 @@ def losses_in(*kinds):
 
 
 SWEEP = "variant|layers|parameters|val loss|sd|perplexity|paper's|loss - base|loss - gated"
+DEFAULT = "variant|layers|parameters|val loss|sd|perplexity|loss - base|loss - gated"
 TOKENS = "variant|val loss|tokens, base / own|tokens, gated / own"
 ABLATION = "variant|val loss|sd|loss - gated|loss - first of its variant"
 
@@ -759,6 +760,7 @@ ABLATION = "variant|val loss|sd|loss - gated|loss - first of its variant"
     (["six", "rest", "control"], TOKENS, lambda label: label != "base"),
     (["ablations"], ABLATION, lambda label: True),
     (["ablations", "rates"], ABLATION, lambda label: "optimizer=" in label or "muon_lr=" in label),
+    (["default"], DEFAULT, lambda label: True),
     (["long"], "variant|val loss|loss - base|loss - gated", lambda label: True),
     (["long"], TOKENS, lambda label: label != "base"),
 ])  # fmt: skip
@@ -842,6 +844,7 @@ def test_the_readme_holds_the_effect_of_each_idea_and_the_six_variants_losses():
     assert len(ideas) == len(compare.IDEAS)
     for idea in ideas:
         assert f"| {' | '.join(idea.values())} |" in lines
+    lines = [line for line in lines if line.count("|") == 11]  # the table of variants
     small = [line for row in rows for line in lines if line.startswith(f"| {row['variant']} |")]
     for row in rows:
         for line in small:
@@ -887,6 +890,40 @@ def test_committed_numbers_equal_a_second_computation(kinds, baseline, heading, 
             assert row[heading].rstrip(" *") == f"{mean:+.4f} +- {half:.4f}"
             seen += 1
     assert seen == count
+
+
+def test_the_readme_holds_what_the_default_sweep_gave():
+    lines = lines_of("../README.md")
+    names = ["variant", "val loss", "sd", "loss - base", "loss - gated"]
+    assert f"| {' | '.join(names)} |" in lines
+    rows = committed("default")[1]
+    assert len(rows) == 6
+    for row in rows:
+        assert f"| {' | '.join(row[name] for name in names)} |" in lines
+
+
+def test_results_hold_table_2_of_the_default_sweep():
+    """Both seeds in a cell: averages over layers, and the loss with the anchor and without it."""
+    lines = lines_of("RESULTS.md")
+    records = []
+    for kind in ("seed1", "seed2", "no_anchor"):
+        records += map(json.loads, lines_of(f"results/table2_{kind}.jsonl"))
+    for variant in ("base", "gated", "resformer", "nuresformer", "exo", "exo_dynamic"):
+        whole = [r for r in records if r["variant"] == variant and not r["ablate_anchor"]]
+        cut = [r for r in records if r["variant"] == variant and r["ablate_anchor"]]
+        assert [r["label"] for r in whole] == [f"{variant}-seed{n}_ckpt_000500" for n in (1, 2)]
+        assert len(cut) == (0 if variant in ("base", "gated") else 2)
+        cells = []
+        for name, digits in [
+            ("attention_sink", 4),
+            ("token_similarity", 3),
+            ("pca_core_features", 1),
+        ]:
+            found = [statistics.fmean(record["by_layer"][name]) for record in whole]
+            cells.append(", ".join(f"{value:.{digits}f}" for value in found))
+        for some in (whole, cut):
+            cells.append(", ".join(f"{record['cross_entropy']:.3f}" for record in some))
+        assert f"| {variant} | {' | '.join(cells)} |".replace("|  |", "| |") in lines
 
 
 def test_results_hold_the_norms_and_spikes_of_four_runs():
