@@ -734,7 +734,7 @@ def read_log(folder):
 def read_state(folder):
     """The newest checkpoint; {} where there is none."""
     paths = glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt"))
-    return read_checkpoint(max(paths)) if paths else {}
+    return read_checkpoint(folder) if paths else {}
 
 
 def settings_of(state):

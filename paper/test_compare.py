@@ -16,7 +16,7 @@ import compare
 import figures
 from model import TABLE_3, VARIANTS, ModelConfig, variant_config
 from prepare_fineweb import UserError
-from train import TrainConfig
+from train import TrainConfig, save_checkpoint
 
 HERE = pathlib.Path(__file__).parent
 SMALL = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=320, block_size=16, tokenizer="bytes")
@@ -722,6 +722,12 @@ def test_the_picture_has_a_curve_for_every_row_with_the_spread_as_a_band(
     assert axes.lines[1].get_xdata().tolist() == pytest.approx([0.2, 0.4])
     assert axes.collections[1].get_paths()[0].vertices[:, 1].max() == pytest.approx(5.2)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_newest_checkpoint_is_that_of_the_largest_number(tmp_path):
+    for step in (999_999, 1_000_000):
+        save_checkpoint(str(tmp_path / f"ckpt_{step:06d}.pt"), dict(step=step))
+    assert compare.read_state(str(tmp_path))["step"] == 1_000_000
 
 
 # ------------------------------------------------------------------------------- what is committed
