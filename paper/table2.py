@@ -352,7 +352,7 @@ def parse_args():
 
 
 def summary_of(record):
-    """The record without what grows with tokens or channels: some 6 kB are left."""
+    """The record without what grows with tokens or channels: some 5 kB are left."""
     return {**record, "lambdas": {}, "gammas": {}, "anchor_use": {}, "token_maps": {}}
 
 
