@@ -1388,16 +1388,19 @@ def main():
     """
     trainer, folder = prepare(sys.argv[1:])
     stop = Stop()
+    diverged = None
     try:
         stopped = run(trainer, folder, stop)
     except Diverged as error:
+        diverged = error
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()  # all processes come here together
+    if diverged:
         print0(
-            f"train.py: not finite at {error}. Lower the learning rates, and --resume from an "
+            f"train.py: not finite at {diverged}. Lower the learning rates, and --resume from an "
             "earlier checkpoint, or start anew in another --out_dir")
         return 3
     conclude(trainer, stopped, stop.problem)
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
     return 128 + stop.signal if stopped and stop.signal else 0
 
 

@@ -345,6 +345,33 @@ def test_no_thread_of_the_group_lives_on_to_abort_the_process_at_its_exit():
     assert done.stdout == "left: None\n", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("end", ["the last step", "SIGTERM", "bad data", "not finite"])
+def test_the_processes_leave_their_group_however_a_run_ends(end, monkeypatch):
+    left = []
+
+    def run(trainer, folder, stop):
+        if end == "not finite":
+            raise T.Diverged("step 3")
+        stop.signal = 15 * (end == "SIGTERM")
+        stop.problem = end * (end == "bad data")
+        return "" if end == "the last step" else end
+
+    trainer = types.SimpleNamespace(
+        step=3, config=T.TrainConfig(sample_tokens=0), model_config=T.ModelConfig(), best_val=1.0
+    )
+    monkeypatch.setattr(T, "Stop", lambda: types.SimpleNamespace(signal=0, problem=""))
+    monkeypatch.setattr(T, "prepare", lambda argv: (trainer, None))
+    monkeypatch.setattr(T, "run", run)
+    monkeypatch.setattr(T, "WORLD_SIZE", 2)
+    monkeypatch.setattr(T.dist, "destroy_process_group", lambda: left.append(True))
+    if end == "bad data":
+        with pytest.raises(T.UserError, match="bad data; the run is saved after step 3"):
+            T.main()
+    else:
+        assert T.main() == {"the last step": 0, "SIGTERM": 143, "not finite": 3}[end]
+    assert left == [True]
+
+
 # ------------------------------------------------------------------------------------- 5 the peak
 
 
