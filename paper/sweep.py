@@ -122,7 +122,7 @@ ABLATIONS = {  # questions the paper leaves open; where no flags change is the p
     "lambda_init": each(["exo"], [{}, *STARTS]),
     "anchor_norm": each(["exo"], [{}, *NORMED]),
     "mix": each(["exo"], [{}, *MIXED]),
-    "qk_norm": each(["exo"], [{**rate, **change} for rate in RATES for change in UNNORMED]),
+    "qk_norm": each(["exo", "nuresformer"], [{**rate, **change} for rate in RATES for change in UNNORMED]),
     "norm_position": each(["base", "gated", "exo"], POSITIONS),
     "window": each(["gated", "exo"], WINDOWS),
     "internal": [

@@ -138,7 +138,7 @@ ABLATIONS = {  # name: how many rows, and what stands in them
     "lambda_init": (4, ["exo-seed1", "exo-lambda_init=0.0-seed1", "exo-lambda_init=1.0-seed1"]),
     "anchor_norm": (8, ["exo-anchor_norm=none-seed1", "exo-anchor_norm=vg-seed1"]),
     "mix": (9, ["exo-mix=vg-anchor_norm=vg-seed1", "exo-mix=kvg-anchor_norm=kvg-seed1"]),
-    "qk_norm": (12, ["exo-muon_lr=0.1-qk_norm=False-anchor_norm=vg-seed1"]),
+    "qk_norm": (24, ["exo-muon_lr=0.1-qk_norm=False-anchor_norm=vg-seed1", "nuresformer-seed1"]),
     "norm_position": (9, ["base-norm_position=both-seed1", "gated-norm_position=after-seed1"]),
     "window": (6, ["gated-window=64-seed1", "exo-window=16-seed1"]),
     "internal": (4, ["nuresformer-dynamic=True-seed1", "exo_dynamic-seed1"]),
