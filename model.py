@@ -80,6 +80,13 @@ def size(default, help, low=1, **facts):
     return setting(default, help, low=low, high=LARGEST_SIZE, **facts)
 
 
+GRANULARITY = {     # the shape of a lambda, which broadcasts against (..., H, D); Section 3
+    "scalar": lambda n_head, head_dim: (1, 1),
+    "headwise": lambda n_head, head_dim: (n_head, 1),
+    "elementwise": lambda n_head, head_dim: (n_head, head_dim),
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The sizes of a model and one field for each axis of the paper; InputError for what cannot be.
@@ -99,7 +106,7 @@ class ModelConfig:
     mix: str = setting("qkvg", "which of q, k, v, g are mixed with their anchor (the S of Eq. 10)")
     anchor_norm: str = setting("qkvg", "which anchors pass an RMSNorm (Eq. 10)")
     granularity: str = setting("elementwise", "lambdas: one, one a head or one a channel",
-                               choices=("scalar", "headwise", "elementwise"))
+                               choices=tuple(GRANULARITY))
     dynamic: bool = setting(False, "weigh anchor and current projection per token (Eq. 11, 12)")
     dynamic_dim: int = size(16, "hidden width of the dynamic-mixing MLP (Eq. 11)")
     lambda_init: float | None = setting(None, "start of every lambda; none: 0.5, or 1.0 if dynamic")
@@ -257,13 +264,6 @@ class WeightedSum(torch.autograd.Function):
         return *of_parts, *of_lambdas, *of_gammas
 
 
-GRANULARITY = {     # the shape of a lambda, which broadcasts against (..., H, D); Section 3
-    "scalar": lambda n_head, head_dim: (1, 1),
-    "headwise": lambda n_head, head_dim: (n_head, 1),
-    "elementwise": lambda n_head, head_dim: (n_head, head_dim),
-}
-
-
 class Mix(nn.Module):
     """gamma_1 lambda_1 S_anc + gamma_2 lambda_2 S_n, one component's anchor and own projection."""
 
@@ -275,7 +275,9 @@ class Mix(nn.Module):
 
     def forward(self, anchor, current, gamma):
         """anchor, current (B, T, H, D); gamma is a pair that broadcasts against them."""
-        return WeightedSum.apply(anchor, current, self.lambda_anchor, self.lambda_current, *gamma)
+        mixed = WeightedSum.apply(anchor, current, self.lambda_anchor, self.lambda_current, *gamma)
+        assert mixed.shape == current.shape, "lambda or gamma has more heads than the projection"
+        return mixed
 
 
 class Anchor(nn.Module):
@@ -411,19 +413,21 @@ class ExoFormer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Set every parameter, by the last parts of its name; ValueError for one without a rule:
+        """Set every parameter, by the end of its name; ValueError for one without a rule:
 
-            lambdas                     lambda_init, else 0.5 (static) or 1.0 (dynamic)
-            bias of Eq. 11              0
-            out_proj, down, head, fc2   0: each sub-layer starts as the identity
-            other matrices, embedding   normal, std 0.02, cut at 3 std
-            RMSNorm gains               1
+            lambdas                         lambda_init, else 0.5 (static) or 1.0 (dynamic)
+            bias of Eq. 11                  0
+            last matrix of a sub-layer,
+                of Eq. 11, and the head     0: each sub-layer starts as the identity
+            other matrices, embedding       normal, std 0.02, cut at 3 std
+            RMSNorm gains                   1
         """
+        zero = (".attn.out_proj", ".mlp.down", ".gammas.fc2", ".head")
         for name, p in self.named_parameters():
-            *_, owner, kind = f"model.{name}".split(".")
+            place, _, kind = f".{name}".rpartition(".")
             if kind in ("lambda_anchor", "lambda_current"):
                 nn.init.constant_(p, self.config.lambda_start)
-            elif kind == "bias" or owner in ("out_proj", "down", "head", "fc2"):
+            elif kind == "bias" or place.endswith(zero):
                 nn.init.zeros_(p)
             elif kind == "weight" and p.dim() == 2:
                 nn.init.trunc_normal_(p, std=0.02, a=-0.06, b=0.06)
@@ -466,8 +470,9 @@ class ExoFormer(nn.Module):
     def loss(self, idx, targets, docs=None):
         """(cross-entropy, z): the means of -log p(target) and of logsumexp^2, in float32.
 
-        Targets (B, T) that are -100 do not count. Training minimises cross-entropy + 1e-5 z; only
-        the cross-entropy is a perplexity.
+        Targets (B, T) below 0 do not count (-100 of PyTorch, -1 of nanoGPT). That none is beyond
+        the vocabulary is not checked. Training minimises cross-entropy + 1e-5 z; only the
+        cross-entropy is a perplexity.
         """
         logits = self.forward(idx, docs).flatten(0, 1).float()                      # (B T, V)
         targets = targets.flatten()[:, None]
@@ -475,7 +480,7 @@ class ExoFormer(nn.Module):
         # by comparison: the backward of gather would fill a second tensor as large as the logits
         is_target = torch.arange(logits.size(-1), device=logits.device) == targets
         log_p = torch.where(is_target, logits, 0).sum(-1, keepdim=True) - log_sum
-        counted = targets != -100
+        counted = targets >= 0
         cross_entropy = torch.where(counted, -log_p, 0).sum() / counted.sum()
         z = torch.where(counted, log_sum.square(), 0).sum() / counted.sum()
         return cross_entropy, z
@@ -704,12 +709,17 @@ def variant_config(variant, **given):
 
 
 def variant_name(config):
-    """The --variant whose axes a ModelConfig has, whatever its sizes; "custom" if none has them."""
-    ignored = {"n_layer"}
+    """The --variant whose axes a ModelConfig has, whatever its sizes; "custom" if none has them.
+
+    A field that is not ignored here is an axis: a new one, away from its default, is no variant.
+    """
+    ignored = {"n_layer", "n_head", "n_embd", "ffn_dim", "vocab_size", "block_size", "tokenizer",
+               "dynamic_dim", "lambda_init", "rope_theta"}
     if config.anchor == "none":
         ignored.add("granularity")                          # nothing is mixed: there are no lambdas
+    defaults = {f.name: f.default for f in fields(config)}
     for name, axes in VARIANTS.items():
-        axes = {"qk_norm": True, "norm_position": "pre", "window": 0, **axes}
+        axes = {**defaults, **axes}
         if all(vars(config)[axis] == axes[axis] for axis in axes.keys() - ignored):
             return name
     return "custom"

@@ -257,10 +257,22 @@ def build_model(model_config, config):
 
 
 def build_optimizers(model, config):
-    """[Muon, AdamW] or [AdamW]: every parameter in exactly one group, each with its peak rate."""
-    matrices = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and n != "head"}
+    """[Muon, AdamW] or [AdamW]: every parameter in exactly one group, each with its peak rate.
+
+    Muon has the matrices of the layers and of the anchor. ValueError for a matrix that is neither
+    one of these nor known here as AdamW's.
+    """
+    places = ("layers.", "anchor.")
+    modules = {n: m for n, m in model.named_modules() if n.startswith(places)}
+    matrices = {n: m for n, m in modules.items() if isinstance(m, Linear)}
     weights = [m.weight for m in matrices.values()]
     inside = {id(p) for p in weights}
+    for name, p in model.named_parameters():
+        known = name in ("embed.weight", "head.weight") or "lambda_" in name
+        if p.dim() > 1 and id(p) not in inside and not known:
+            raise ValueError(
+                f"build_optimizers: is {name} Muon's or AdamW's? Make it a model.Linear of a layer "
+                "or the anchor, or add it here to those of AdamW")
     others = [p for p in model.parameters() if id(p) not in inside]
     groups = [dict(params=others, weight_decay=0.0)]
     optimizers = []
@@ -304,11 +316,10 @@ class Trainer:
         self.config = config
         self.step = 0
         self.tokens = 0  # read in all steps so far
-        self.best_val = math.inf
         self.saved = -1  # the last step that was saved
         self.evaluated = -1  # the last step that was evaluated
         self.sequences = config.batch_size * WORLD_SIZE  # of a forward pass on all processes
-        self.count_passes()
+        self.count_passes()  # its UserError comes before anything is built
         self.tokenizer = get_tokenizer(model_config.tokenizer)
         self.train = Tokens(config.data, "train", model_config)
         self.val = Tokens(config.data, "val", model_config)
@@ -360,7 +371,7 @@ class Trainer:
         parameters = list(self.model.parameters())
         schedule(self.optimizers, self.step, config)
         # here, so that a layer that draws random numbers, say dropout, resumes exactly too
-        torch.manual_seed(config.seed + self.step)
+        torch.manual_seed(config.seed + self.step * WORLD_SIZE + RANK)
         cross_entropy, z = self.backward(windows)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if not math.isfinite(cross_entropy + norm.item()):  # before any weight changes
@@ -386,6 +397,7 @@ class Trainer:
         for rows in windows:
             batch = to_batch(rows, self.tokenizer.eot, self.config)
             loss, cross_entropy, z = self.objective(*batch)
+            # a mean of means: who masks targets with -100 must weigh passes by their targets
             (loss / passes).backward()
             sums += torch.stack((cross_entropy.detach(), z.detach())).float() / passes
         # a compiled backward yields all gradients at its end: there is nothing to overlap
@@ -425,7 +437,8 @@ def run(trainer, folder, stop):
                 continue  # told to stop: leave by the top
             report_evaluation(folder, record)
             if last:
-                save(trainer, folder, needed=True)  # so that it is not evaluated twice
+                # so that it is not evaluated twice; the weights are in the file already
+                save(trainer, folder, needed=False)
         if last:
             return ""
 
@@ -495,7 +508,6 @@ def evaluate(trainer, tokens, stop):
             f"the evaluation after step {trainer.step}: validation loss {loss}. A checkpoint of "
             "that step holds these weights")
     trainer.evaluated = trainer.step
-    trainer.best_val = min(trainer.best_val, loss)
     return dict(
         step=trainer.step,
         tokens=trainer.tokens,
@@ -559,16 +571,16 @@ def merge(base, variant, given, may_change=None, what=""):
     changes = {name: v for name, v in asked.items() if v != base[name] and v != "auto"}
     for name, value in changes.items():
         if may_change is not None and name not in may_change:
-            raise UserError(
-                f"--{name}={value} does not fit {what}, which has {name}={base[name]}; "
-                "drop the flag")
+            flag = f"--{name}={value}" if name in given else f"--variant={variant} ({name}={value})"
+            raise UserError(f"{flag} does not fit {what}, which has {name}={base[name]}; drop the "
+                            "flag")
     return {**base, **changes}
 
 
 def fresh_settings(variant, preset, given):
     """(ModelConfig, TrainConfig) of a new run: defaults, variant, preset, flags in this order."""
     row = variant or "exo_dynamic"
-    settings = merge({**DEFAULTS, **VARIANTS[row], **PRESETS[preset]}, row, given)
+    settings = {**DEFAULTS, **variant_settings(row, {**PRESETS[preset], **given})}
     settings["data"] = settings["data"] or choose_data(preset)
     find_shards(settings["data"], "train")  # says what to do where there are none
     settings["tokenizer"] = read_meta(settings["data"])["tokenizer"]
@@ -597,14 +609,9 @@ def resumed_settings(variant, given, checkpoint, path):
 
     UserError where these make it another run.
     """
-    stored = dict(checkpoint["train_config"])
-    stored.pop("max_minutes", None)  # format 1 had it, and two switches as text
-    for name in ("compile", "deterministic"):
-        if stored.get(name) in ("true", "false"):
-            stored[name] = stored[name] == "true"
     old = {
         **asdict(config_from(ModelConfig, checkpoint["model_config"], path)),
-        **asdict(config_from(TrainConfig, stored, path)),
+        **asdict(config_from(TrainConfig, checkpoint["train_config"], path)),
     }
     new = merge(old, variant, given, RESUMABLE, "the run to resume")
     for name in sorted(new):
@@ -714,8 +721,8 @@ def parse_flags(argv):
     given = vars(parser.parse_args(argv))
     variant = given.pop("variant")
     preset = given.pop("preset")
-    # "--data=" is no folder, but "--mix=" is a choice of letters
-    given = {k: v for k, v in given.items() if v != "" or k in ("mix", "anchor_norm")}
+    # "--data=" is no folder, but "--mix=" says that no letter is mixed
+    given = {k: v for k, v in given.items() if v != "" or DEFAULTS[k]}
     return variant, preset, given
 
 
@@ -799,17 +806,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def survive(self, what):
-        """Print that a write failed, and go on training."""
+        """Print that it could not be done, and go on training."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of it
             print0(
-                f"COULD NOT WRITE {what}: {str(error).splitlines()[0]}; training goes on, older "
+                f"COULD NOT {what}: {str(error).splitlines()[0]}; training goes on, older "
                 "files are intact")
 
     def write(self, record):
         """Append one object to log.jsonl; what a full disk refuses waits in the file's buffer."""
-        with self.survive(self.log_path):
+        with self.survive(f"WRITE {self.log_path}"):
             self.follow_log()
             self.log.write(json.dumps(record) + "\n")
             self.log.flush()
@@ -842,16 +849,18 @@ class RunFolder:
                 f"nothing is written there any more, its last checkpoint is in the old folder")
         path = os.path.join(self.path, f"ckpt_{checkpoint['step']:06d}.pt")
         saved = False
-        with self.survive(path):
+        with self.survive(f"WRITE {path}"):
             self.log.flush()
             os.fsync(self.log.fileno())
             log_size = os.fstat(self.log.fileno()).st_size
             save_checkpoint(path, {**checkpoint, "log_size": log_size})
             saved = True
-            checkpoints = self.checkpoints()
-            newest = checkpoints.index(path)  # those of later steps are damaged: they were skipped
-            for old in checkpoints[newest + keep :] if keep else []:
-                os.remove(old)
+        if saved and keep:
+            with self.survive(f"REMOVE old checkpoints of {self.path}"):
+                checkpoints = self.checkpoints()
+                newest = checkpoints.index(path)  # those of later steps are damaged: skipped before
+                for old in checkpoints[newest + keep :]:
+                    os.remove(old)
         return saved
 
 
@@ -879,9 +888,14 @@ def git_revision():
 def save(trainer, folder, needed):
     """A checkpoint, written by the first process.
 
-    UserError where it is `needed` and could not be written.
+    UserError where it is `needed` and could not be written. ValueError for one that could not be
+    resumed: `fits` must learn of an optimizer whose state is of another kind.
     """
-    if on_first(lambda: folder.save(state_of(trainer), trainer.config.keep)):
+    state = state_of(trainer)
+    misfit = first_misfit(trainer, state)
+    if misfit:
+        raise ValueError(f"--resume would refuse the checkpoint of step {trainer.step}: {misfit}")
+    if on_first(lambda: folder.save(state, trainer.config.keep)):
         trainer.saved = trainer.step
     elif needed:
         raise UserError(
@@ -895,7 +909,6 @@ STATE = {  # what the checkpoint of a run holds, by type
     "step": int,
     "tokens": int,
     "evaluated": int,
-    "best_val": float,
     "shards": dict,
     "model": dict,
     "optimizers": list,
@@ -910,7 +923,6 @@ def state_of(trainer):
         step=trainer.step,
         tokens=trainer.tokens,
         evaluated=trainer.evaluated,
-        best_val=trainer.best_val,
         shards=trainer.shards,
         model=trainer.model.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in trainer.optimizers])
@@ -929,13 +941,13 @@ def load_state(trainer, checkpoint, path):
         raise UserError(f"{path} is not the whole state of this run: {misfit}")
     trainer.model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"]):
-        # rates and all else that a group says come from the settings, moments from the file
+        # rates and all else that a group says come from the settings, moments from the file: an
+        # optimizer that keeps state in its groups must take that from the file here
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({**state, "param_groups": groups})
     trainer.step = checkpoint["step"]
     trainer.saved = checkpoint["step"]
     trainer.tokens = checkpoint["tokens"]
-    trainer.best_val = checkpoint["best_val"]
     trainer.evaluated = checkpoint["evaluated"]
 
 
@@ -1346,6 +1358,8 @@ def conclude(trainer, stopped, problem):
     out_dir = trainer.config.out_dir
     gpt2 = trainer.model_config.tokenizer == "gpt2"
     again = f"{launcher()} train.py --resume --out_dir={shlex.quote(out_dir)}"
+    if WORLD_SIZE > 1:  # which join their group before they read the checkpoint
+        again += f" --device={trainer.config.device}"
     if problem:
         raise UserError(
             f"{problem}; the run is saved after step {trainer.step}: mend the data, then {again}")
@@ -1356,8 +1370,7 @@ def conclude(trainer, stopped, problem):
         print0(f"sample:\n{sample_text(trainer)}\n")
     checkpoint = f"--ckpt={shlex.quote(out_dir)}"
     prompt = "Once upon a time" if gpt2 else "def "
-    best = f"best validation loss of all evaluations {trainer.best_val:.4f}"
-    print0(f"done: {trainer.step} steps, {best}. Next:")
+    print0(f"done: {trainer.step} steps. Next:")
     print0(f'  python model.py {checkpoint} --prompt="{prompt}"')
     if gpt2:
         print0(f"  python eval_hellaswag.py {checkpoint}")
@@ -1397,8 +1410,9 @@ def main():
         dist.destroy_process_group()  # all processes come here together
     if diverged:
         print0(
-            f"train.py: not finite at {diverged}. Lower the learning rates, and --resume from an "
-            "earlier checkpoint, or start anew in another --out_dir")
+            f"train.py: not finite at {diverged}. Lower the learning rates and --resume (from the "
+            "newest checkpoint: move away those that are too late), or start anew in another "
+            "--out_dir")
         return 3
     conclude(trainer, stopped, stop.problem)
     return 128 + stop.signal if stopped and stop.signal else 0

@@ -308,6 +308,19 @@ def test_the_command_that_goes_on_starts_as_many_processes(processes, here, word
     assert T.launcher() == words
 
 
+@pytest.mark.parametrize("processes, device", [(1, ""), (2, " --device=cpu")])
+def test_the_command_that_goes_on_names_the_device_to_several_processes(
+    processes, device, monkeypatch, capsys
+):
+    """They join their group by it before they read the checkpoint."""
+    trainer = types.SimpleNamespace(
+        step=3, config=T.TrainConfig(device="cpu", out_dir="a"), model_config=T.ModelConfig()
+    )
+    monkeypatch.setattr(T, "WORLD_SIZE", processes)
+    T.conclude(trainer, "SIGTERM", "")
+    assert capsys.readouterr().out.endswith(f" train.py --resume --out_dir=a{device}\n")
+
+
 @pytest.mark.parametrize("name, backend", [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
 def test_a_process_that_hangs_ends_the_others_after_ten_minutes(name, backend, monkeypatch):
     joined = []
@@ -357,7 +370,7 @@ def test_the_processes_leave_their_group_however_a_run_ends(end, monkeypatch):
         return "" if end == "the last step" else end
 
     trainer = types.SimpleNamespace(
-        step=3, config=T.TrainConfig(sample_tokens=0), model_config=T.ModelConfig(), best_val=1.0
+        step=3, config=T.TrainConfig(sample_tokens=0), model_config=T.ModelConfig()
     )
     monkeypatch.setattr(T, "Stop", lambda: types.SimpleNamespace(signal=0, problem=""))
     monkeypatch.setattr(T, "prepare", lambda argv: (trainer, None))

@@ -568,6 +568,21 @@ def test_a_full_disk_does_not_stop_training_nor_spoil_a_checkpoint(
     assert len(log_of(tmp_path / "a", "loss")) == 12
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_stays(tmp_path, monkeypatch, capsys):
+    folder = T.RunFolder(str(tmp_path), resume=False)
+    folder.open_log(0)
+    assert folder.save(dict(step=1), keep=1)
+
+    def remove(path):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "remove", remove)
+    assert folder.save(dict(step=2), keep=1)
+    out = capsys.readouterr().out
+    assert "COULD NOT REMOVE old checkpoints" in out and "WRITE" not in out
+    assert len(folder.checkpoints()) == 2
+
+
 @pytest.mark.parametrize("where", ["full disk", "closed pipe", "closed stream"])
 def test_output_that_cannot_be_written_does_not_stop_training(where, data, tmp_path, monkeypatch):
     """A closed stream, as in `python train.py >&- 2>&-`, is None in Python."""
