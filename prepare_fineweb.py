@@ -571,8 +571,8 @@ def published(shards):
 def download_shards(folder, shards=TRAIN_SHARDS):
     """Bring the validation shard and the first `shards` training shards into `folder`; what is
     there already stays. Length, header and vocabulary of each are checked before it takes its name.
-    No published checksum is known here, so a bit that was changed on the way is not seen: the
-    sha256 in meta.json is of what came."""
+    The checksums that the hub lists are not asked for, so a bit that was changed on the way is not
+    seen: the sha256 in meta.json is of what came."""
     with only_writer(folder):
         meta = read_meta(folder)
         files = meta.setdefault("files", {})
