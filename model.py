@@ -911,12 +911,19 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def checkpoints_in(folder):
+    """{step: path} of the ckpt_{step}.pt in a run folder, the newest first."""
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    names = {int(name[5:-3]): name for name in there if re.fullmatch(r"ckpt_\d+\.pt", name)}
+    return {step: os.path.join(folder, names[step]) for step in sorted(names, reverse=True)}
+
+
 def newest_checkpoint(folder):
     """Path of ckpt_{step}.pt with the largest step in a run folder."""
-    names = [name for name in os.listdir(folder) if re.fullmatch(r"ckpt_\d+\.pt", name)]
-    if not names:
+    paths = checkpoints_in(folder)
+    if not paths:
         raise InputError(f"{folder}: there is no checkpoint in this folder")
-    return os.path.join(folder, max(names, key=lambda name: int(name[5:-3])))
+    return next(iter(paths.values()))
 
 
 def check_records(path):

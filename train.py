@@ -42,9 +42,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (FORMAT, VARIANTS, DamagedCheckpoint, ExoFormer, InputError, Linear, ModelConfig,
-                   check_format, check_ranges, choose_device, config_from, continue_text,
-                   count_parameters, flops_per_token, load_checkpoint, read_checkpoint, setting,
-                   variant_name, variant_settings)
+                   check_format, check_ranges, checkpoints_in, choose_device, config_from,
+                   continue_text, count_parameters, flops_per_token, load_checkpoint,
+                   read_checkpoint, setting, variant_name, variant_settings)
 from muon import Muon, polar_express
 from prepare_fineweb import (Progress, UserError, atomic_write, clock, command_line, find_shards,
                              fingerprint, get_tokenizer, locked, read_meta, read_window, say,
@@ -790,9 +790,7 @@ class RunFolder:
 
     def checkpoints(self):
         """Paths of the checkpoints, newest first."""
-        names = [n for n in os.listdir(self.path) if re.fullmatch(r"ckpt_\d{6,}\.pt", n)]
-        steps = sorted((int(name[5:-3]) for name in names), reverse=True)
-        return [os.path.join(self.path, f"ckpt_{step:06d}.pt") for step in steps]
+        return list(checkpoints_in(self.path).values())
 
     def open_log(self, size):
         """Append to log.jsonl from byte `size` on.

@@ -52,6 +52,8 @@ def analyse(model, windows, ablate_anchor=False):
             loss += cross_entropy(model, row[None])
             progress.update(done)
     progress.end()
+    if not math.isfinite(loss):
+        raise UserError("the loss is not finite: these weights are damaged, or the run diverged")
     by_layer = watch.by_layer()
     return dict(
         variant=variant_name(config),

@@ -25,7 +25,6 @@ command. The machine is the one that writes the file, so write it where the runs
 
 import argparse
 import functools
-import glob
 import json
 import math
 import os
@@ -50,6 +49,7 @@ from model import (
     ExoFormer,
     InputError,
     ModelConfig,
+    checkpoints_in,
     count_parameters,
     read_checkpoint,
     variant_name,
@@ -733,8 +733,7 @@ def read_log(folder):
 
 def read_state(folder):
     """The newest checkpoint; {} where there is none."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt"))
-    return read_checkpoint(folder) if paths else {}
+    return read_checkpoint(folder) if checkpoints_in(folder) else {}
 
 
 def settings_of(state):

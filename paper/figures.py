@@ -15,14 +15,13 @@ Pictures of what table2.py measured.
     similarity_LABEL.png    token-similarity maps of three layers; likeness of all layers
 
 A row of Table 3 has the same colour, line and marker in every picture, Figure 1b of compare.py
-included. What is no such row, or a row trained otherwise (an ablation), has a look of its own,
-which is no row's. With the anchor removed: hollow markers. Maps get lighter as numbers grow, so
-that all can be read in black and white.
+included. What is no such row has a look of its own, which is no row's; in the curves of compare.py
+and sweep.py so has a row trained otherwise (an ablation). With the anchor removed: hollow markers.
+Maps get lighter as numbers grow, so that all can be read in black and white.
 """
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 
@@ -31,8 +30,8 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from analysis import anchor_share, ratio
-from model import TABLE_3, InputError
-from prepare_fineweb import UserError, atomic_write, command_line
+from model import TABLE_3
+from prepare_fineweb import UserError, atomic_write, command_line, json_lines
 
 BY_LAYER = {  # what is in by_layer.png: the axis of each panel
     "attention_sink": "attention to the first token",
@@ -486,7 +485,8 @@ def places_of(names, length, names_shown):
 
 def inner_limits(values):
     """The 2nd and 98th percentile of what is finite: limits of a map that no outlier rules."""
-    low, high = np.percentile(values[np.isfinite(values)], (2, 98))
+    finite = values[np.isfinite(values)]
+    low, high = np.percentile(finite, (2, 98)) if len(finite) else (0.0, 0.0)
     return (low, high) if low < high else (low - 0.5, high + 0.5)  # all alike: the middle colour
 
 
@@ -494,20 +494,20 @@ def inner_limits(values):
 
 
 def read_records(path):
-    """The records in a file that table2.py wrote, .json or .jsonl. UserError where it is none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file if path.endswith(".jsonl") else [file.read()]
-            records = [json.loads(line) for line in lines]
-        lacks = {name for record in records for name in WANTED - set(record)}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); make it with python paper/table2.py"
-        ) from None
-    if lacks or not records:
-        names = ", ".join(sorted(lacks)) or "all records"
-        raise UserError(f"{path}: not a file of this paper/table2.py, it lacks {names}")
+    """The records in a file that table2.py wrote, one a line. UserError where it is none."""
+    with open(path, "rb") as file:
+        records = list(json_lines(file, path, "a record of this paper/table2.py", complete))
+    if not records:
+        raise UserError(f"{path}: no records in it; make it with python paper/table2.py")
     return records
+
+
+def complete(record):
+    """The record. KeyError for what it lacks."""
+    lacks = WANTED - set(record)
+    if lacks:
+        raise KeyError(", ".join(sorted(lacks)))
+    return record
 
 
 def draw(records, folder):
@@ -563,4 +563,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main, InputError)
+    command_line(main)

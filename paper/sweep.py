@@ -25,7 +25,6 @@ matrices of the paper's 29 layers but 3.6 % of those of 10: see the column of pa
 """
 
 import argparse
-import glob
 import json
 import os
 import signal
@@ -34,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,7 +42,7 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 
 import compare
 from figures import draw_curves
-from model import VARIANTS, ExoFormer, InputError, flops_per_token
+from model import VARIANTS, ExoFormer, InputError, checkpoints_in, flops_per_token
 from prepare_fineweb import (
     UserError,
     atomic_write,
@@ -122,7 +121,9 @@ ABLATIONS = {  # questions the paper leaves open; where no flags change is the p
     "lambda_init": each(["exo"], [{}, *STARTS]),
     "anchor_norm": each(["exo"], [{}, *NORMED]),
     "mix": each(["exo"], [{}, *MIXED]),
-    "qk_norm": each(["exo", "nuresformer"], [{**rate, **change} for rate in RATES for change in UNNORMED]),
+    "qk_norm": each(
+        ["exo", "nuresformer"], [{**rate, **change} for rate in RATES for change in UNNORMED]
+    ),
     "norm_position": each(["base", "gated", "exo"], POSITIONS),
     "window": each(["gated", "exo"], WINDOWS),
     "internal": [
@@ -175,8 +176,7 @@ class Job:
             return "diverged"
         if "val_loss" in last and last["step"] >= self.settings["max_steps"]:
             return "finished"
-        saved = glob.glob(os.path.join(glob.escape(self.folder), "ckpt_*.pt"))
-        return "stopped" if saved else "new"
+        return "stopped" if checkpoints_in(self.folder) else "new"
 
     def log(self):
         """The records of its log so far."""
@@ -216,8 +216,15 @@ def plan(args):
             settings = {**flags, **change, "seed": seed}
             settings["n_layer"] = layers_of(variant, flags["n_layer"])
             jobs.append(Job(variant, change, settings, out_dir))
+    planned = {}
     for job in jobs:  # before the first run, not between two
         check_same(job)
+        model_config, config = job.configs()
+        twin = planned.setdefault((model_config, replace(config, out_dir="")), job)
+        if twin is not job:
+            raise UserError(
+                f"{twin.name} and {job.name} would be one experiment; drop a flag after --"
+            )
     return jobs
 
 
@@ -403,7 +410,7 @@ def flops_to_come(job):
 
 def variants_in(text):
     """An argparse type: variants separated by commas, or "all"."""
-    names = list(VARIANTS) if text == "all" else text.split(",")
+    names = list(VARIANTS) if text == "all" else list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in VARIANTS:
             raise argparse.ArgumentTypeError(f"unknown {name!r}; there are {', '.join(VARIANTS)}")
@@ -412,7 +419,10 @@ def variants_in(text):
 
 def seeds_in(text):
     """An argparse type: whole numbers separated by commas, each once."""
-    return list(dict.fromkeys(map(int, text.split(","))))
+    try:
+        return list(dict.fromkeys(map(int, text.split(","))))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers and commas") from None
 
 
 def parse_arguments():

@@ -256,7 +256,8 @@ def print_near_zero_ratio(records):
         for normed in records:
             unlike = plain["model_config"] != normed["model_config"]
             without_norms = {**normed["model_config"], "anchor_norm": ""}
-            if unlike and plain["model_config"] == without_norms and plain["lambdas"]:
+            both = plain["lambdas"] and normed["lambdas"]  # a kept record has none
+            if both and unlike and plain["model_config"] == without_norms:
                 share = near_zero(plain["lambdas"].values())
                 other = near_zero(normed["lambdas"].values())
                 times = number(share / other if other else None, 2)

@@ -862,7 +862,8 @@ def test_near_zero_lambdas_are_compared_between_norms_alone(capsys):
     plain = planted(label="plain", model_config=settings_with(anchor_norm=""))
     plain["lambdas"] = dict(q=dict(anchor=[[[0.0005, -0.0005, 0.0, 1.0]] * 2]))
     other = planted(label="wide", model_config=settings_with(n_embd=128))
-    table2.print_near_zero_ratio([planted(), plain, other])
+    kept = table2.summary_of(planted(label="kept"))  # without the lambdas
+    table2.print_near_zero_ratio([planted(), plain, other, kept])
     lines = [line for line in capsys.readouterr().out.split("\n") if line]
     words = "plain 0.7500 against mine 0.3125, 2.40 times (paper: about 3)"
     assert lines == [f"|lambda1| < 0.001: {words}"]
@@ -945,10 +946,8 @@ def test_exported_weights_come_back_bit_for_bit(folder, tmp_path, call, monkeypa
 # ---- usage.py: checkpoints -----------------------------------------------------------------------
 
 
-def test_use_over_training_is_that_of_each_checkpoint(folder, tokens, call, tmp_path, monkeypatch):
+def test_use_over_training_is_that_of_each_checkpoint(folder, tokens, call, tmp_path):
     """In the order of the steps, on the run's own first validation rows; null where not mixed."""
-    plain = usage.glob.glob
-    monkeypatch.setattr(usage.glob, "glob", lambda path: sorted(plain(path), reverse=True))
     out = tmp_path / "use.jsonl"
     call(usage.main, folder / "base", folder / "nuresformer", f"--out={out}")
     base, record = map(json.loads, out.read_text().splitlines())
@@ -1032,6 +1031,29 @@ def test_uses_are_averaged_over_layers_at_halvings_of_the_tokens(capsys):
 def test_without_lambdas_there_is_no_table_of_them(capsys):
     usage.print_uses(use_by_hand()[:1])
     assert capsys.readouterr().out.count("\n\n") == 0
+
+
+def test_weights_that_are_not_finite_are_one_line(folder, call, tmp_path):
+    """Such a checkpoint exists by design: a run that diverges in its evaluation has saved it."""
+    model = tiny("exo_dynamic")
+    model.head.weight.data[0] = math.inf
+    state = dict(model_config=vars(model.config), model=model.state_dict())
+    save_checkpoint(str(tmp_path / "ckpt_000009.pt"), state)
+    flags = [f"--data={folder / 'data'}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="the loss is not finite"):
+        call(table2.main, f"--ckpt={tmp_path}", *flags)
+
+
+def test_a_mistake_on_the_command_line_is_found_before_the_first_run_is_measured(
+    folder, call, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(usage, "measure_use", lambda *_: pytest.fail("measured"))
+    for wrong, words in (
+        (folder / "exoo", "exoo: no checkpoint"),
+        (folder / "base", "two runs have one name, among base, base"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call(usage.main, folder / "base", wrong)
 
 
 def write_json_lines(path, records):
@@ -1409,6 +1431,7 @@ def test_limits_leave_out_what_is_far_off_and_keep_equal_numbers_apart():
     """The 2nd and 98th percentile of finite numbers; where all are equal a range around them."""
     assert figures.inner_limits(np.array([*range(101), np.inf, np.nan])) == (2, 98)
     assert figures.inner_limits(np.ones(5)) == (0.5, 1.5)
+    assert figures.inner_limits(np.full(5, np.nan)) == (-0.5, 0.5)  # lambdas that never started
 
 
 def test_figures_refuses_other_files(tmp_path, records, call):
@@ -1416,12 +1439,12 @@ def test_figures_refuses_other_files(tmp_path, records, call):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "torn.json").write_text("{")
     for files, problem in (
-        (["other"], "not a file of this paper/table2.py, it lacks .*anchor_use"),
+        (["other"], "line 1: not a record of this paper/table2.py .*anchor_use"),
         (["a", "b"], "two records have the label odd"),
-        (["torn"], "torn.json: cannot be read"),
+        (["torn"], "torn.json, line 1: not a record of this"),
     ):
         with pytest.raises(UserError, match=problem):
             call(figures.main, *(tmp_path / f"{name}.json" for name in files))
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="empty.jsonl: .* it lacks all records"):
+    with pytest.raises(UserError, match="empty.jsonl: no records in it"):
         call(figures.main, tmp_path / "empty.jsonl")

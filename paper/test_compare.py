@@ -727,7 +727,9 @@ def test_the_picture_has_a_curve_for_every_row_with_the_spread_as_a_band(
 def test_the_newest_checkpoint_is_that_of_the_largest_number(tmp_path):
     for step in (999_999, 1_000_000):
         save_checkpoint(str(tmp_path / f"ckpt_{step:06d}.pt"), dict(step=step))
+    (tmp_path / "ckpt_best.pt").write_bytes(b"a copy of someone's own")
     assert compare.read_state(str(tmp_path))["step"] == 1_000_000
+    assert compare.read_state(str(tmp_path / "nowhere")) == {}
 
 
 # ------------------------------------------------------------------------------- what is committed

@@ -181,6 +181,30 @@ def test_what_train_would_refuse_is_refused_before_the_first_run(run_sweep, flag
         run_sweep(no_run, flags)
 
 
+@pytest.mark.parametrize(
+    "asked, flags",
+    [
+        (["--ablation=lambda_init"], ["--lambda_init=0.25"]),
+        (["--ablation=qk_norm"], ["--muon_lr=0.03"]),
+        (["--variants=exo,exo_scalar"], ["--granularity=scalar"]),
+    ],
+)
+def test_one_experiment_under_two_names_is_refused_before_the_first_run(jobs_of, asked, flags):
+    with pytest.raises(UserError, match="would be one experiment; drop a flag after --"):
+        jobs_of(*asked, "--seeds=1", "--", *flags)
+
+
+def test_a_variant_or_a_seed_given_twice_is_trained_once(jobs_of):
+    jobs = jobs_of("--variants=base,exo,base", "--seeds=2,1,2")
+    assert [job.name for job in jobs] == ["base-seed2", "exo-seed2", "base-seed1", "exo-seed1"]
+
+
+def test_seeds_that_are_no_numbers_are_named(call, capsys):
+    with pytest.raises(SystemExit):
+        call(sweep.parse_arguments, "--seeds=1,x")
+    assert "'1,x' is not whole numbers and commas" in capsys.readouterr().err
+
+
 def test_an_unknown_variant_is_named_with_those_there_are(call, capsys):
     with pytest.raises(SystemExit):
         call(sweep.parse_arguments, "--variants=base,exxo")

@@ -20,9 +20,7 @@ before it.
 """
 
 import argparse
-import glob
 import os
-import re
 import sys
 
 import numpy as np
@@ -32,7 +30,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from analysis import analyse, anchor_share, validation_windows
 from compare import circumstances, read_log, read_run, write_lines
 from figures import NAMES, Page, heat_map, inner_limits, pyplot, token_unit
-from model import InputError, choose_device, load_checkpoint, read_checkpoint
+from model import InputError, checkpoints_in, choose_device, load_checkpoint, read_checkpoint
 from prepare_fineweb import UserError, check_writable, command_line, json_lines
 from table2 import ROWS, number, print_table
 
@@ -83,11 +81,7 @@ def use_over_training(folder, data="", device="cpu", rows=ROWS):
 
     data: a folder of shards; "" takes the run's own. UserError where there is no checkpoint.
     """
-    paths = {}
-    for path in glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")):
-        paths[int(re.search(r"(\d+)\.pt$", path)[1])] = path
-    if not paths:
-        raise UserError(f"{folder}: no checkpoint (ckpt_*.pt) of train.py in this folder")
+    paths = checkpoints_of(folder)
     steps = sorted(paths)
     settings = read_checkpoint(paths[steps[0]]).get("train_config")
     if settings is None:
@@ -98,6 +92,14 @@ def use_over_training(folder, data="", device="cpu", rows=ROWS):
     uses = [use_in(paths[step], data or settings["data"], device, rows) for step in steps]
     over_training = {name: np.stack([use[name] for use in uses], axis=1) for name in uses[0]}
     return np.array(steps) * settings["total_batch_size"], over_training
+
+
+def checkpoints_of(folder):
+    """{step: path}; UserError where there is none."""
+    paths = checkpoints_in(folder)
+    if not paths:
+        raise UserError(f"{folder}: no checkpoint (ckpt_*.pt) of train.py in this folder")
+    return paths
 
 
 def measure_use(folder, data, device, rows):
@@ -292,17 +294,26 @@ def read_records(path, unpack):
 def collect(args):
     """The records of all that the command line names. UserError where two have one name."""
     device = choose_device(args.device, among=("cuda", "cpu"))
+    kept = {}
+    names = []
+    for run in args.runs:  # what is wrong with any of them is said before the first is measured
+        if run.endswith(".jsonl"):
+            kept[run] = read_records(run, unpack_log if args.log else unpack_use)
+            names += [record["run"] for record in kept[run]]
+            continue
+        names.append(run_name(run))
+        if not args.log:
+            checkpoints_of(run)
+    if len(set(names)) < len(names):
+        raise UserError(f"two runs have one name, among {', '.join(names)}")
     records = []
     for run in args.runs:
-        if run.endswith(".jsonl"):
-            records += read_records(run, unpack_log if args.log else unpack_use)
+        if run in kept:
+            records += kept[run]
         elif args.log:
             records.append(measure_log(run))
         else:
             records.append(measure_use(run, args.data, device, args.rows))
-    names = [record["run"] for record in records]
-    if len(set(names)) < len(names):
-        raise UserError(f"two runs have one name, among {', '.join(names)}")
     return records
 
 
@@ -344,9 +355,9 @@ def main():
     check_writable(args.out)
     records = collect(args)
     show, draw = (print_logs, draw_logs) if args.log else (print_uses, draw_uses)
-    show(records)
     if args.out:
         write_lines(records, args.out)
+    show(records)
     if args.png:
         print(f"wrote {draw(records, args.png)}")
 
