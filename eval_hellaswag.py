@@ -448,7 +448,8 @@ def main():
     scores = score(model, items, args.batch_tokens, DTYPES[args.dtype])
     predicted = predictions(items, scores)
     if args.out:
-        write_results(args.out, items, scores, predicted)
+        asked = {"style": args.style, "shots": args.shots}
+        write_results(args.out, asked, items, scores, predicted)
     say(
         f"{path}: HellaSwag, {args.style} rendering, {args.shots}-shot, {len(items)} items, "
         f"{args.dtype} on {model.head.weight.device.type}"
@@ -456,11 +457,12 @@ def main():
     report(items, predicted, model.config)
 
 
-def write_results(path, items, scores, predicted):
-    """A line of JSON for each item: index, label, the four scores, each metric's prediction."""
+def write_results(path, asked, items, scores, predicted):
+    """A line of JSON for each item: how all were asked (style, shots), its index and label, the
+    four scores, each metric's prediction."""
     with atomic_write(path) as file:
         for row, (item, values) in enumerate(zip(items, scores.tolist())):
-            record = {"index": item.index, "label": item.label, "scores": values}
+            record = {**asked, "index": item.index, "label": item.label, "scores": values}
             for metric, choices in predicted.items():
                 record[metric] = int(choices[row])
             file.write(f"{json.dumps(record)}\n".encode())

@@ -28,6 +28,8 @@ from model import InputError
 from prepare_fineweb import UserError, command_line, json_lines
 from six_tasks import TASKS, average
 
+ASKED = ("label", "style", "shots")  # what is the same of an item where two models were asked alike
+
 
 def read_results(path):
     """{name of a line: (right, items)} from a file written with --out. `right`: 0 or 1 for each
@@ -63,17 +65,18 @@ def read_hellaswag(content, path):
     """As read_results, of eval_hellaswag.py: a line for each metric."""
 
     def convert(row):
-        return row["index"], {key: row[key] for key in ("label", *METRICS)}
+        return row["index"], {key: row[key] for key in (*ASKED, *METRICS)}
 
-    kind = "a line of eval_hellaswag.py --out"
+    kind = "a line of eval_hellaswag.py --out, or of an earlier version; score the model again"
     records = dict(json_lines(content.split(b"\n"), path, kind, convert))
     if not records:
         raise UserError(f"{path}: no items in it")
-    labels = {index: records[index]["label"] for index in sorted(records)}
+    indices = sorted(records)
+    asked = {index: [records[index][key] for key in ASKED] for index in indices}
     found = {}
     for metric in METRICS:
-        right = [int(records[index][metric] == label) for index, label in labels.items()]
-        found[metric] = right, labels
+        right = [int(records[index][metric] == records[index]["label"]) for index in indices]
+        found[metric] = right, asked
     return found
 
 

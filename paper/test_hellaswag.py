@@ -590,6 +590,7 @@ def test_the_command_lines_score_and_compare(tmp_path, capsys, monkeypatch):
         scores = H.score(model, items)
         assert [line["index"] for line in lines] == list(range(6))
         assert [line["label"] for line in lines] == [row["label"] for row in ROWS[:6]]
+        assert {(line["style"], line["shots"]) for line in lines} == {("lmeval", 0)}
         assert [line["scores"] for line in lines] == scores.tolist()
         expected = H.accuracy(items, H.predictions(items, scores))
         printed = capsys.readouterr().out
@@ -612,6 +613,21 @@ def test_the_command_lines_score_and_compare(tmp_path, capsys, monkeypatch):
     assert "average" not in printed  # three metrics of one task
 
 
+def test_results_that_were_asked_differently_are_not_compared(tmp_path, monkeypatch):
+    """One model: without an example, with one, and with the text as it is."""
+    ckpt = saved(tiny(), tmp_path / "ckpt.pt")
+    data = [f"--ckpt={ckpt}", f"--data={SAMPLE}", f"--train={SAMPLE}", "--limit=2", "--device=cpu"]
+    settings = {"0": [], "1": ["--shots=1"], "raw": ["--style=nanogpt"]}
+    for name, flags in settings.items():
+        assert not run(monkeypatch, H, *data, *flags, f"--out={tmp_path / name}")
+    for a, b in itertools.product(settings, repeat=2):
+        code = run(monkeypatch, compare_hellaswag, tmp_path / a, tmp_path / b)
+        if a == b:
+            assert not code
+        else:
+            assert "do not hold the same items of acc, asked alike; score both" in code
+
+
 def test_a_tokenizer_needs_all_its_ids_in_the_models_vocabulary(tmp_path):
     assert H.load_for_scoring(saved(tiny(), tmp_path / "257.pt"), "cpu").config.vocab_size == 257
     path = saved(tiny(vocab_size=256), tmp_path / "256.pt")
@@ -627,11 +643,13 @@ def test_a_run_folder_is_its_newest_checkpoint(tmp_path, monkeypatch, capsys):
 
 
 def test_user_errors_are_one_line(tmp_path, monkeypatch):
-    line = '{"index": %d, "label": 0, "acc": 0, "acc_norm": 0, "acc_norm_tokens": 0}\n'
+    line = '{"index": %d, "label": 0, "acc": 0, "acc_norm": 0, "acc_norm_tokens": 0, '
+    line += '"style": "lmeval", "shots": 0}\n'
     texts = {
         "a.jsonl": line % 0,
         "b.jsonl": line % 1,
         "c.jsonl": '{"index": 1}\n',
+        "old.jsonl": (line % 0).replace(', "style": "lmeval", "shots": 0', ""),
         "label.jsonl": (line % 0).replace('"label": 0', '"label": 1'),
         "empty.jsonl": "",
         "list.json": '{"tasks": []}',
@@ -655,6 +673,7 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch):
         (compare, ["a.jsonl", "b.jsonl"], "same items"),
         (compare, ["a.jsonl", "label.jsonl"], "same items"),
         (compare, ["a.jsonl", "c.jsonl"], "c.jsonl, line 1"),
+        (compare, ["a.jsonl", "old.jsonl"], "an earlier version; score the model again"),
         (compare, ["empty.jsonl", "a.jsonl"], "empty.jsonl: no items"),
         (compare, ["a.jsonl", "d.json"], "same items"),
         (compare, ["d.json", "e.json"], "same items of ARC-e, asked alike"),
