@@ -51,6 +51,7 @@ from prepare_fineweb import (
     download,
     get_tokenizer,
     json_lines,
+    only_writer,
     say,
 )
 
@@ -354,17 +355,25 @@ def read_split(split, path=""):
 
 def official_file(split):
     """The path of an official file, which is downloaded into data/hellaswag if it is not there."""
-    name = f"data/hellaswag/hellaswag_{split}.jsonl"
-    url = URL.format(split)
+    folder = "data/hellaswag"
+    name = f"{folder}/hellaswag_{split}.jsonl"
     if not os.path.exists(name):
-        try:
-            download(url, name, tries=3)
-        except UserError as error:
-            raise UserError(
-                f"{error}; without a connection, save {url} as {name} yourself, or name a file "
-                f"with {FLAGS[split]}"
-            ) from None
+        with only_writer(folder, wait=True):
+            fetch_official(split, name)
     return name
+
+
+def fetch_official(split, name):
+    """Download an official file, unless another evaluation has while this one waited."""
+    url = URL.format(split)
+    try:
+        if not os.path.exists(name):
+            download(url, name, tries=3)
+    except UserError as error:
+        raise UserError(
+            f"{error}; without a connection, save {url} as {name} yourself, or name a file "
+            f"with {FLAGS[split]}"
+        ) from None
 
 
 def read_bytes(path):

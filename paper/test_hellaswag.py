@@ -17,6 +17,9 @@ import random
 import re
 import statistics
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -499,7 +502,6 @@ def test_the_official_file_is_downloaded_once_and_scored_only_whole(tmp_path, mo
 
     def fake_download(url, path, tries):
         calls.append((url, path, tries))
-        os.makedirs(os.path.dirname(path))
         pathlib.Path(path).write_bytes(data)
 
     monkeypatch.setattr(H, "download", fake_download)
@@ -512,6 +514,28 @@ def test_the_official_file_is_downloaded_once_and_scored_only_whole(tmp_path, mo
     pathlib.Path(calls[0][1]).write_bytes(data.replace(b'"label": 3', b'"label": 2', 1))
     with pytest.raises(UserError, match="hellaswag_val.jsonl is not the official file; remove it"):
         H.load_items(tokenizer="bytes")
+
+
+def test_two_first_evaluations_at_once_download_once(tmp_path, monkeypatch):
+    """The second comes while the first downloads: it waits, and takes what came."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    begun = threading.Event()
+
+    def slow_download(url, path, tries):
+        calls.append(path)
+        begun.set()
+        time.sleep(0.3)
+        pathlib.Path(path).write_bytes(SAMPLE.read_bytes())
+
+    monkeypatch.setattr(H, "download", slow_download)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(H.official_file, "val")
+        begun.wait(timeout=60)
+        second = pool.submit(H.official_file, "val")
+        assert first.result() == second.result() == calls[0]
+    assert calls == ["data/hellaswag/hellaswag_val.jsonl"]
+    assert os.listdir("data/hellaswag") == ["hellaswag_val.jsonl"]
 
 
 def test_the_official_files_are_those_of_the_publication():
