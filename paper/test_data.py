@@ -344,6 +344,52 @@ def test_tokenizer_is_utf8_or_tiktoken_goes_both_ways_and_counts_bytes(name, eot
     assert tokenizer.decode(tokenizer.encode("half \ud800 a pair")) == "half ? a pair"
 
 
+@pytest.fixture
+def like_gpt2(monkeypatch):
+    """An encoding with tiktoken's regular expression for GPT-2; its merges are pairs of bytes."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    pieces = [bytes([i]) for i in range(256)]
+    pieces += [one + two for one in pieces for two in pieces][:50_000]
+    ranks = {piece: i for i, piece in enumerate(pieces)}
+    special = {"<|endoftext|>": 50256}
+    encoding = tiktoken.Encoding(
+        "like gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
+
+
+def test_a_million_spaces_before_a_word_are_tokenised(like_gpt2):
+    """tiktoken 0.14 refuses the whole; the pieces are those that its expression makes."""
+    text = "one  two" + " \n" * 600_000 + " end  \n"
+    pieces = ["one", " ", " two", " \n" * 600_000, " end", "  \n"]
+    expected = [token for piece in pieces for token in like_gpt2.encode_ordinary(piece)]
+    assert pf.make_gpt2().encode(text) == expected
+
+
+def test_text_that_is_tokenised_word_by_word_has_the_ids_of_the_whole(like_gpt2):
+    """Of every sort of space, and of four characters that are spaces for Python alone."""
+    rng = random.Random(0)
+    letters = " \t\n\r\v\f\x1c\x1f\x85\xa0\u2003\u3000\u200b" + 3 * "  \n" + "ab1!'sé汉\0"
+    several = 0
+    for _ in range(5000):
+        text = "".join(rng.choices(letters, k=rng.randint(0, 25)))
+        asked = []
+
+        def refuse_whole(part, asked=asked):
+            asked.append(part)
+            if len(asked) == 1:
+                raise ValueError
+            return like_gpt2.encode_to_numpy(part)
+
+        found = pf.ids_by_words(refuse_whole, text).tolist()
+        assert (found, "".join(asked[1:])) == (like_gpt2.encode_ordinary(text), text)
+        several += len(asked) > 2
+    assert several > 2500
+
+
 def test_unknown_tokenizer_is_refused():
     with refusal("'gpt3'.*gpt2 and bytes"):
         pf.get_tokenizer("gpt3")
