@@ -839,7 +839,8 @@ class Damaged(UserError):
 
 def run_again(folder):
     flag = out_flag(folder)
-    return f"run the command that made it again (python prepare_fineweb.py ... {flag})"
+    return (f"run the command that made it again (python prepare_fineweb.py ... {flag}): a "
+            "download goes on with what is missing, for other data remove the folder first")
 
 
 def out_flag(folder):

@@ -271,14 +271,14 @@ def test_folder_that_contradicts_its_meta_is_refused_for_either_split(tmp_path):
     out = make_folder(tmp_path / "my out", *word_texts(20, 20), shard_tokens=500, val_fraction=0.2)
     expected = pf.find_shards(str(out), "train")
     first = (out / "text_train_000000.bin").read_bytes()
-    remedy = f"run the command that made .*--out='{out}'"
+    remedy = f"run the command that made .*--out='{out}'.*: .*for other data remove the folder"
 
     (out / "text_train_000000.bin").unlink()
     for split in ("train", "val"):
         with refusal(f"text_train_000000.bin is not there but meta.json lists it.*{remedy}"):
             pf.find_shards(str(out), split)
     with refusal("is there already; remove the folder"):
-        make_shards(out, [])
+        make_shards(out, [])  # so the command alone mends nothing
 
     pf.write_shard(str(out / "text_train_000000.bin"), [256] * 499)
     assert len(pf.find_shards(str(out), "val")) == 1
