@@ -227,15 +227,19 @@ def verify(folder):
     """Read every shard again, compare it with meta.json, print a line for each. Returns how many
     are bad."""
     meta = read_meta(folder)
-    files = meta.get("files", {})
-    names = sorted({*shard_names(folder), *files})
+    there = shard_names(folder)
+    files = meta.get("files", dict.fromkeys(there, {}))
+    names = sorted({*there, *files})
     if not names:
         raise UserError(f"{folder}: there are no shards here")
     bad = 0
     for name in names:
-        listed = files.get(name, {})
+        listed = files.get(name)
         path = os.path.join(folder, name)
         try:
+            if listed is None:
+                raise UserError(f"{path}: meta.json does not list it; remove it, or "
+                                f"{run_again(folder)}")
             facts = examine(path, meta["tokenizer"])
             if any(listed.get(key) not in (None, value) for key, value in facts.items()):
                 raise Damaged(path, f"{facts} where meta.json has {listed}")
@@ -243,7 +247,7 @@ def verify(folder):
             bad += 1
             say(f"BAD   {error}")
         else:
-            unlisted = "" if name in files else ", not in meta.json"
+            unlisted = "" if listed else ", not in meta.json"
             say(f"good  {name}: {facts['tokens']:,} tokens{unlisted}")
     say(f"{folder}: {len(names) - bad} of {len(names)} shards are good")
     return bad

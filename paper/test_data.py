@@ -1082,6 +1082,23 @@ def test_verify_names_the_bad_file_and_the_remedy(tmp_path, monkeypatch, capsys,
     assert f"{len(meta['files']) - 1} of {len(meta['files'])} shards are good" in lines[-1]
 
 
+def test_verify_passes_a_shard_that_meta_does_not_list_only_where_it_lists_none(tmp_path, capsys):
+    """As find_shards does."""
+    out = make_folder(tmp_path / "out", "one", "two")
+    pf.write_shard(str(out / "old_train_000000.bin"), [256, 1])
+    assert pf.verify(str(out)) == 1
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert re.search("BAD .*old_train_000000.bin: meta.json does not list it; remove it", lines[0])
+    assert lines[1:] == [
+        "good  text_train_000000.bin: 8 tokens",
+        f"{out}: 1 of 2 shards are good",
+    ]
+    pf.write_meta(str(out), {"tokenizer": "bytes"})
+    assert pf.verify(str(out)) == 0
+    assert "good  old_train_000000.bin: 2 tokens, not in meta.json" in capsys.readouterr().out
+    assert len(pf.find_shards(str(out), "train")) == 2
+
+
 # ---------------------------------------- download, from a server on this machine that misbehaves
 
 PAPER_FILES = [
