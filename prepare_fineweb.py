@@ -590,14 +590,19 @@ def download_shards(folder, shards=TRAIN_SHARDS):
     """Bring the validation shard and the first `shards` training shards into `folder`; what is
     there already stays. Length, header and vocabulary of each are checked before it takes its name.
     The checksums that the hub lists are not asked for, so a bit that was changed on the way is not
-    seen: the sha256 in meta.json is of what came."""
+    seen: the sha256 in meta.json is of what came. From the first shard on meta.json lists all that
+    are wanted or there, those that it knows nothing of yet as {}: so find_shards takes no part of a
+    download for the whole."""
     with only_writer(folder):
         meta = read_meta(folder)
-        files = meta.setdefault("files", {})
-        if {*shard_names(folder)} - {*published(TRAIN_SHARDS)}:
+        there = shard_names(folder)
+        if {*there} - {*published(TRAIN_SHARDS)}:
             raise UserError(f"{folder}: holds other shards; choose another --out")
         sizes = published(shards)
-        paths = {name: os.path.join(folder, name) for name in sizes}
+        known = meta.get("files", {})
+        files = {name: known.get(name, {}) for name in [*sizes, *there]}
+        meta["files"] = files
+        paths = {name: os.path.join(folder, name) for name in files}
         lacking = [name for name in sizes if size_of(paths[name]) != sizes[name]]
         total = sum(sizes[name] for name in lacking)
         parts = sum(size_of(f"{paths[name]}.part") for name in lacking)
@@ -608,10 +613,9 @@ def download_shards(folder, shards=TRAIN_SHARDS):
                 progress = functools.partial(show_download, bar, came, name)
                 files[name] = download_shard(name, path, sizes[name], progress)
                 came += sizes[name]
-                write_meta(folder, meta)
-            elif name not in files:
+            elif not files[name]:
                 files[name] = examine(path, "gpt2")
-                write_meta(folder, meta)
+            write_meta(folder, meta)
         bar.end()
     say(f"{folder}: the validation shard and {shards} training shards are complete")
 

@@ -1569,6 +1569,58 @@ def test_download_leaves_shards_of_your_own_text_alone(tmp_path, hub):
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_download_that_was_stopped_is_refused_until_it_or_a_smaller_one_is_complete(
+    tmp_path, hub, before
+):
+    """It stops at the second training shard; before, there is nothing, or so many shards."""
+    out = tmp_path / "out"
+    if before:
+        pf.download_shards(str(out), before - 1)
+    hub.trouble = lambda name, times: "not_found" if name == PAPER_FILES[2] else "none"
+    with refusal("HTTP 404"):
+        pf.download_shards(str(out), 2)
+    for split in ("train", "val"):
+        remedy = f"--out={out}.*: a download goes on with what is missing"
+        with refusal(f"{PAPER_FILES[2]} is not there but meta.json lists it .*{remedy}"):
+            pf.find_shards(str(out), split)
+    assert pf.verify(str(out)) == 1
+    pf.download_shards(str(out), 1)
+    assert pf.find_shards(str(out), "train") == [str(out / PAPER_FILES[1])]
+    hub.trouble = lambda name, times: "none"
+    pf.download_shards(str(out), 2)
+    assert len(pf.find_shards(str(out), "train")) == 2
+    assert pf.verify(str(out)) == 0
+
+
+def test_download_that_brings_nothing_leaves_nothing(tmp_path, hub):
+    """Else train.py would take the folder for the data to train on."""
+    hub.trouble = lambda name, times: "not_found"
+    with refusal("HTTP 404"):
+        pf.download_shards(str(tmp_path / "out"), 2)
+    assert os.listdir(tmp_path) == []
+
+
+def test_fewer_shards_are_complete_where_the_others_were_removed(tmp_path, hub):
+    out = tmp_path / "out"
+    pf.download_shards(str(out), 2)
+    (out / PAPER_FILES[2]).unlink()
+    pf.download_shards(str(out), 1)
+    assert pf.find_shards(str(out), "train") == [str(out / PAPER_FILES[1])]
+    assert pf.verify(str(out)) == 0
+    assert len(hub.requests) == 3
+
+
+def test_shard_that_is_there_though_not_asked_for_is_examined_and_listed(tmp_path, hub):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / PAPER_FILES[2]).write_bytes(hub.files[PAPER_FILES[2]])
+    pf.download_shards(str(out), 1)
+    assert len(pf.find_shards(str(out), "train")) == 2
+    sha256 = hashlib.sha256(hub.files[PAPER_FILES[2]]).hexdigest()
+    assert pf.read_meta(str(out))["files"][PAPER_FILES[2]]["sha256"] == sha256
+
+
 def test_shard_of_wrong_length_is_brought_again_and_one_that_came_by_other_means_is_examined(
     tmp_path, hub
 ):
