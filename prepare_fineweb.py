@@ -761,6 +761,14 @@ def copy(response, part, start, size, progress):
 
 # -------------------------------------------------------------------------- the command line
 
+TEXT_DEFAULTS = {                            # of the flags that --input alone takes
+    "tokenizer": "gpt2",
+    "workers": os.cpu_count(),
+    "shard_tokens": SHARD_TOKENS,
+    "val_fraction": 0.01,
+}
+
+
 def parse_args():
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
@@ -777,16 +785,21 @@ def parse_args():
     add("--input", nargs="+", action="extend", metavar="FILE",
         help="text to tokenise; patterns like 'a/*.jsonl.gz' are expanded. A line of .jsonl (its "
         'field "text") is a document, and so is the whole of any other file; all in UTF-8')
-    add("--tokenizer", choices=TOKENIZERS, default="gpt2", help="for --input (default: gpt2)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N",
+    add("--tokenizer", choices=TOKENIZERS, help="for --input (default: gpt2)")
+    add("--workers", type=int, metavar="N",
         help="threads for --input (default: one a core)")
-    add("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
+    add("--shard_tokens", type=int, metavar="N",
         help=f"tokens in a file made from --input (default: {SHARD_TOKENS})")
-    add("--val_fraction", type=float, default=0.01, metavar="F",
+    add("--val_fraction", type=float, metavar="F",
         help="share of the tokens of --input held out, in whole documents (default: 0.01)")
     # "--input=a b" shall mean "--input a b", since a shell expands no pattern behind "="
     words = [word for arg in sys.argv[1:] for word in re.split("(?<=^--input)=", arg)]
     args = parser.parse_args(words)
+    for name, default in TEXT_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not args.input:
+            parser.error(f"--{name} is for --input=FILES, which is not given")
     if not 0 <= args.shards <= TRAIN_SHARDS:
         parser.error(f"--shards is 0 to {TRAIN_SHARDS}")
     if not 1 <= args.workers <= 1024:

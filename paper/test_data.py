@@ -958,19 +958,26 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
 
 # ------------------------------------------------------------------------------ the command line
 
+OWN_TEXT = ["--input=a.txt", "--out=out"]
 WRONG = [
     (["--shards=100"], 2, "--shards is 0 to 99"),
     (["--shards=-1"], 2, "--shards is 0 to 99"),
     (["--input", "x.txt"], 2, "--out=DIR"),
     (["verify", "--input", "x.txt", "--out=x"], 2, "no other command"),
-    (["--workers=0"], 2, "--workers is 1 to 1024"),
-    (["--workers=1025"], 2, "--workers is 1 to 1024"),
-    ([f"--workers={2**63}"], 2, "--workers is 1 to 1024"),
-    (["--val_fraction=1"], 2, "--val_fraction is from 0 to below 1"),
-    (["--val_fraction=-0.1"], 2, "--val_fraction is from 0 to below 1"),
-    (["--val_fraction=nan"], 2, "--val_fraction is from 0 to below 1"),
-    (["--shard_tokens=1"], 2, "--shard_tokens is 2 to 2147483647"),
-    ([f"--shard_tokens={2**31}"], 2, "--shard_tokens is 2 to 2147483647"),
+    (["--workers=0", *OWN_TEXT], 2, "--workers is 1 to 1024"),
+    (["--workers=1025", *OWN_TEXT], 2, "--workers is 1 to 1024"),
+    ([f"--workers={2**63}", *OWN_TEXT], 2, "--workers is 1 to 1024"),
+    (["--val_fraction=1", *OWN_TEXT], 2, "--val_fraction is from 0 to below 1"),
+    (["--val_fraction=-0.1", *OWN_TEXT], 2, "--val_fraction is from 0 to below 1"),
+    (["--val_fraction=nan", *OWN_TEXT], 2, "--val_fraction is from 0 to below 1"),
+    (["--shard_tokens=1", *OWN_TEXT], 2, "--shard_tokens is 2 to 2147483647"),
+    ([f"--shard_tokens={2**31}", *OWN_TEXT], 2, "--shard_tokens is 2 to 2147483647"),
+    (["--out=mine", "--tokenizer=bytes"], 2, "--tokenizer is for --input=FILES, which is not"),
+    (["--tokenizer=gpt2"], 2, "--tokenizer is for --input=FILES"),
+    ([f"--workers={os.cpu_count()}"], 2, "--workers is for --input=FILES"),
+    (["--shard_tokens=100000000"], 2, "--shard_tokens is for --input=FILES"),
+    (["--val_fraction=0.01"], 2, "--val_fraction is for --input=FILES"),
+    (["verify", "--val_fraction=0"], 2, "--val_fraction is for --input=FILES"),
     (["verfy"], 2, "verfy"),
     (["--tokenizer=klingon"], 2, "klingon"),
     (["--input=nowhere.txt", "--out=out"], 1, "No such file or directory: 'nowhere.txt'"),
@@ -990,11 +997,12 @@ def test_wrong_command_lines_end_with_one_line_and_a_code(
     tmp_path, monkeypatch, capsys, args, code, message
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pf, "download_shards", lambda *args: pytest.fail("a download begins"))
     for name in ("a.txt", "a.json", "a.JSON.gz", "a.ndjson"):
         write_text(tmp_path / name, "text")
     (tmp_path / "my texts").mkdir()
     before = sorted(os.listdir(tmp_path))
-    end = run_main(monkeypatch, *args, *["--tokenizer=bytes"] * ("klingon" not in message))
+    end = run_main(monkeypatch, *args, *["--tokenizer=bytes"] * ("--input" in " ".join(args)))
     said = end if isinstance(end, str) else capsys.readouterr().err
     assert (1 if isinstance(end, str) else end) == code
     assert re.search(message.replace("*.", r"\*."), said) or message in said
