@@ -823,6 +823,9 @@ def input_files(patterns):
         if os.path.isdir(path):
             files = shlex.quote(os.path.join(path, "*"))
             raise UserError(f"--input: {path} is a folder; --input={files} takes the files in it")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"--input: {path} is a pipe or a device; write the text to a file (.gz "
+                            "is read as it is)")
         if re.search(r"(?i)\.(json|ndjson)(\.gz)?$", path):
             raise UserError(f"--input: {path} is not plain text; write each document as a line "
                             '{"text": ...} of a .jsonl file (if it is that already, rename it)')

@@ -986,6 +986,7 @@ WRONG = [
     (["--input=a.json", "--out=out"], 1, "a.json is not plain text; .* of a .jsonl file"),
     (["--input", "a.txt", "a.JSON.gz", "--out=out"], 1, "a.JSON.gz is not plain text"),
     (["--input=a.ndjson", "--out=out"], 1, "a.ndjson is not plain text"),
+    (["--input", "a.txt", "/dev/null", "--out=out"], 1, "/dev/null is a pipe or a device; write"),
     (["--input=a.txt", "--out=a.txt/sub"], 1, "a.txt"),
     (["--input=a.txt", "--out=a.txt"], 1, "a.txt"),
     (["verify", "--out=nowhere"], 1, "no shards here"),
