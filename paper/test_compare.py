@@ -801,27 +801,36 @@ def test_results_hold_the_losses_of_the_plan_at_each_rate():
         assert f"| {model.replace('-', ' ')} | {' | '.join(cells)} |" in lines
 
 
-@pytest.mark.parametrize("best, tests, seeds, degrees, t", [
-    (
-        ("muon_lr", "adamw_lr"),
-        ["gated - base", "exo - gated", "exo_dynamic - exo", "exo lambda_init=1.0 - exo",
-         "exo mix=vg anchor_norm=vg - exo"],
-        (4, 5, 6), 10, 2.2281,
-    ),
-    (
-        (),
-        ["exo lambda_init=1.0 - exo", "exo mix=vg anchor_norm=vg - exo"],
-        (4, 5, 6, 7, 8, 9), 10, 2.2281,
-    ),
+def test_results_hold_the_losses_of_the_second_plan():
+    """By json alone: Muon's rate, mean and standard deviation over seeds 10, 11 and 12."""
+    lines = lines_of("RESULTS.md")
+    runs = list(map(json.loads, lines_of("results/best.jsonl")))
+    for model in PLAN_MODELS:
+        some = [run for run in runs if run["name"].rpartition("-seed")[0] == model]
+        assert sorted(run["settings"]["seed"] for run in some) == [10, 11, 12]
+        (rate,) = {run["settings"]["muon_lr"] for run in some}
+        losses = [run["points"][-1][1] for run in some]
+        cells = f"{rate} | {statistics.fmean(losses):.4f} | {statistics.stdev(losses):.4f}"
+        assert f"| {model.replace('-', ' ')} | {cells} |" in lines
+
+
+FIVE = ["gated - base", "exo - gated", "exo_dynamic - exo", "exo lambda_init=1.0 - exo"]
+FIVE += ["exo mix=vg anchor_norm=vg - exo"]
+
+
+@pytest.mark.parametrize("kind, rates, tests, seeds, degrees, t", [
+    ("plan", PLAN_RATES, FIVE, (4, 5, 6), 10, 2.2281),
+    ("plan", [""], FIVE[3:], (4, 5, 6, 7, 8, 9), 10, 2.2281),
+    ("best", [""], FIVE, (10, 11, 12), 10, 2.2281),
 ])  # fmt: skip
-def test_results_hold_the_tests_of_the_plan(best, tests, seeds, degrees, t):
+def test_results_hold_the_tests_of_the_plans(kind, rates, tests, seeds, degrees, t):
     """The program's rows; differences and intervals a second time, by json and statistics alone."""
     lines = lines_of("RESULTS.md")
-    losses = losses_in("plan")
-    models = PLAN_MODELS if best else PLAN_MODELS[2:5]
+    losses = losses_in(kind)
+    models = PLAN_MODELS if tests == FIVE else PLAN_MODELS[2:5]
+    best = ("muon_lr", "adamw_lr") if tests == FIVE else ()
     chosen = {}
     for model in models:
-        rates = PLAN_RATES if best else [""]
         rows = [[losses[model + rate][seed] for seed in seeds] for rate in rates]
         chosen[model.replace("-", " ")] = min(rows, key=statistics.fmean)
     means = [statistics.fmean(column) for column in zip(*chosen.values())]
@@ -835,7 +844,7 @@ def test_results_hold_the_tests_of_the_plan(best, tests, seeds, degrees, t):
         mean = statistics.fmean(chosen[first]) - statistics.fmean(chosen[second])
         start = f"| {test} | {len(seeds)} | {mean:+.4f} +- {half:.4f}"
         assert [line for line in lines if line.startswith(start)], start
-    runs = compare.read_runs(str(HERE / "results" / "plan.jsonl"))
+    runs = compare.read_runs(str(HERE / "results" / f"{kind}.jsonl"))
     for row in printed_tests(runs, best, tests):
         assert row in lines
 
