@@ -914,8 +914,9 @@ def read_checkpoint(path):
 def checkpoints_in(folder):
     """{step: path} of the ckpt_{step}.pt in a run folder, the newest first."""
     there = os.listdir(folder) if os.path.isdir(folder) else []
-    names = {int(name[5:-3]): name for name in there if re.fullmatch(r"ckpt_\d+\.pt", name)}
-    return {step: os.path.join(folder, names[step]) for step in sorted(names, reverse=True)}
+    steps = [int(name[5:-3]) for name in there if re.fullmatch(r"ckpt_\d+\.pt", name)]
+    names = {step: f"ckpt_{step:06d}.pt" for step in sorted(steps, reverse=True)}
+    return {step: os.path.join(folder, name) for step, name in names.items() if name in there}
 
 
 def newest_checkpoint(folder):

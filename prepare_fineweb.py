@@ -172,7 +172,8 @@ def shard_names(folder, split="train|val"):
 
 
 def read_meta(folder):
-    """meta.json of a folder: "tokenizer" and, where known, "files", {name: {tokens, sha256}}. A
+    """meta.json of a folder: "tokenizer" and, where known, "files", {name: {tokens, sha256}}, {}
+    for one that has not come or was not read yet. A
     folder without one holds GPT-2 tokens. UserError when it cannot be used."""
     path = os.path.join(folder, "meta.json")
     if is_unfinished(folder):
@@ -864,7 +865,8 @@ class Damaged(UserError):
 def run_again(folder):
     flag = out_flag(folder)
     return (f"run the command that made it again (python prepare_fineweb.py ... {flag}): a "
-            "download goes on with what is missing, for other data remove the folder first")
+            "download goes on with what is missing (--shards=N: of the first N), for other data "
+            "remove the folder first")
 
 
 def out_flag(folder):

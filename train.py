@@ -445,6 +445,8 @@ def run(trainer, folder, stop):
         update_began = time.monotonic()
         reading = read_ahead(trainer, step + 1, trainer.tokens + step_tokens(step, config))
         record = trainer.update(windows)
+        if step == first:
+            check_resumable(trainer)
         record["ms"] = round(1000 * (waited + time.monotonic() - update_began), 3)
         seconds_a_step = (time.monotonic() - began) / (trainer.step - first)
         report_step(trainer, folder, record, seconds_a_step, is_first=step == first)
@@ -886,14 +888,9 @@ def git_revision():
 def save(trainer, folder, needed):
     """A checkpoint, written by the first process.
 
-    UserError where it is `needed` and could not be written. ValueError for one that could not be
-    resumed: `fits` must learn of an optimizer whose state is of another kind.
+    UserError where it is `needed` and could not be written.
     """
-    state = state_of(trainer)
-    misfit = first_misfit(trainer, state)
-    if misfit:
-        raise ValueError(f"--resume would refuse the checkpoint of step {trainer.step}: {misfit}")
-    if on_first(lambda: folder.save(state, trainer.config.keep)):
+    if on_first(lambda: folder.save(state_of(trainer), trainer.config.keep)):
         trainer.saved = trainer.step
     elif needed:
         raise UserError(
@@ -947,6 +944,16 @@ def load_state(trainer, checkpoint, path):
     trainer.saved = checkpoint["step"]
     trainer.tokens = checkpoint["tokens"]
     trainer.evaluated = checkpoint["evaluated"]
+
+
+def check_resumable(trainer):
+    """ValueError where --resume would refuse this run's checkpoints, before there is one to lose.
+
+    `fits` must learn of an optimizer whose state is of another kind.
+    """
+    misfit = first_misfit(trainer, state_of(trainer))
+    if misfit:
+        raise ValueError(f"--resume would refuse the checkpoints of this run: {misfit}; see `fits`")
 
 
 def first_misfit(trainer, checkpoint):

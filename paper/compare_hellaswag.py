@@ -67,7 +67,7 @@ def read_hellaswag(content, path):
     def convert(row):
         return row["index"], {key: row[key] for key in (*ASKED, *METRICS)}
 
-    kind = "a line of eval_hellaswag.py --out, or of an earlier version; score the model again"
+    kind = "a line of this version's eval_hellaswag.py --out; score the model again"
     records = dict(json_lines(content.split(b"\n"), path, kind, convert))
     if not records:
         raise UserError(f"{path}: no items in it")
