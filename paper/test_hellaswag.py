@@ -697,7 +697,11 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch):
         (compare, ["a.jsonl", "b.jsonl"], "same items"),
         (compare, ["a.jsonl", "label.jsonl"], "same items"),
         (compare, ["a.jsonl", "c.jsonl"], "c.jsonl, line 1"),
-        (compare, ["a.jsonl", "old.jsonl"], "this version's eval_hellaswag.py --out; score the model again"),
+        (
+            compare,
+            ["a.jsonl", "old.jsonl"],
+            "this version's eval_hellaswag.py --out; score the model again",
+        ),
         (compare, ["empty.jsonl", "a.jsonl"], "empty.jsonl: no items"),
         (compare, ["a.jsonl", "d.json"], "same items"),
         (compare, ["d.json", "e.json"], "same items of ARC-e, asked alike"),
