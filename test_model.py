@@ -1344,7 +1344,7 @@ def test_what_is_given_narrows_what_follows_from_it(given, follows):
     assert {name: config[name] for name in follows} == follows
 
 
-def test_only_the_last_matrix_of_a_sub_layer_starts_at_zero(monkeypatch):
+def test_only_the_last_matrix_of_a_sub_layer_starts_at_zero():
     """Not every one called `down`: two zeros in a row would never learn."""
 
     class LowRank(torch.nn.Module):
