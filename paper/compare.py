@@ -8,6 +8,8 @@ difference of two rows.
     python paper/compare.py out/paper-* --out=runs.jsonl              keep the runs in a small file
     python paper/compare.py seed1.jsonl seed2.jsonl --png=curves.png  from such files, or sweep.py's
     python paper/compare.py runs.jsonl --test="exo - gated"           rows of one's own choice
+    python paper/compare.py runs.jsonl --test="exo - gated from 1000000 to 9000000"
+                                       how much that difference changes between two evaluations
 
 Runs that differ in their seed alone are one row and one curve; a seed that only some rows have is
 compared where it is. A row's name is its variant and what it was trained with, where that is not
@@ -17,7 +19,8 @@ A difference is the mean over equal seeds, with half of its 95 % interval (Stude
 variance serves a whole family, a baseline and the rows that are compared with it: what is left of
 their losses when each row's mean and each seed's mean are taken away. A family with fewer than five
 degrees of freedom uses the variance of the whole table. A star marks what survives Holm's
-correction at 5 % over its family.
+correction at 5 % over its family. All differences of --test are corrected together; changes of a
+difference have their own variance, not that of the losses.
 
 A file of --out holds one run a line: settings, evaluations, commit, torch version, machine and
 command. The machine is the one that writes the file, so write it where the runs were trained.
@@ -35,7 +38,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
@@ -307,6 +310,13 @@ def differences(contrasts, groups, table):
     A Difference, or None, for each contrast: a list of (group, baseline), over which the mean is
     taken. They are one family: one variance, of `groups`, and one correction by Holm.
     """
+    found = uncorrected(contrasts, groups, table)
+    correct(found)
+    return found
+
+
+def uncorrected(contrasts, groups, table):
+    """The differences of contrasts, as above, without p."""
     spread, degrees = pooled_spread(groups)
     if degrees < ENOUGH:
         spread, degrees = pooled_spread(table)
@@ -321,11 +331,15 @@ def differences(contrasts, groups, table):
         if degrees:
             error = spread * math.sqrt(sum(2 / len(some) for some in losses)) / len(losses)
         found.append(Difference(mean, error, degrees))
+    return found
+
+
+def correct(found):
+    """Give each Difference that has an error its p after Holm's correction over all of them."""
     tested = [difference for difference in found if difference and difference.error]
     raw = [t_two_sided(x.mean / x.error, x.degrees) for x in tested]
     for difference, p in zip(tested, holm(raw)):
         difference.p = p
-    return found
 
 
 def families_of(name, groups):
@@ -568,27 +582,64 @@ def paper_difference(pairs):
 
 def tests_of(texts, groups):
     """
-    [{heading: text}] of differences "row - row" that --test names: one family, whose variance is
-    that of the rows named. UserError for a row that is not there.
+    [{heading: text}] of what --test names: "row - row", whose variance is that of the rows named,
+    or "row - row from A to B", the same for changes of the loss between A and B tokens. One family
+    for Holm's correction. UserError for a row or an evaluation that is not there.
     """
-    rows = {group.label: group for group in groups}
-    contrasts = {}
+    alike = {}  # a stretch, or "" for the last loss: its tests, which share a variance
     for text in texts:
-        one, _, other = text.partition(" - ")
-        for label in (one, other):
-            if label not in rows:
-                raise UserError(f'--test="{text}": there is no row {label!r} among {list(rows)}')
-        contrasts[text] = [(rows[one], rows[other])]
-    named = list(dict.fromkeys(group for pairs in contrasts.values() for group in pairs[0]))
+        stretch = text.partition(" from ")[2]
+        alike.setdefault(stretch, []).append(text)
+    found = {}
+    for stretch, some in alike.items():
+        table = changed(groups, some[0], stretch) if stretch else groups
+        pairs = [rows_named(text, table) for text in some]
+        named = list(dict.fromkeys(group for pair in pairs for group in pair))
+        tested = uncorrected([[pair] for pair in pairs], named, table)
+        found |= {text: (pair, x) for text, pair, x in zip(some, pairs, tested)}
+    correct([difference for _, difference in found.values()])
     return [
         {
             "test": text,
-            "pairs": f"{len(paired_losses(*contrasts[text][0]))}",
+            "pairs": f"{len(paired_losses(*pair))}",
             "loss": str(difference or "-"),
             "p (Holm)": show(difference.p if difference else None),
         }
-        for text, difference in zip(contrasts, differences(contrasts.values(), named, groups))
+        for text, (pair, difference) in found.items()
     ]
+
+
+def rows_named(text, groups):
+    """(group, group) of the rows in "row - row" or "row - row from A to B"."""
+    rows = {group.label: group for group in groups}
+    one, _, other = text.partition(" from ")[0].partition(" - ")
+    for label in (one, other):
+        if label not in rows:
+            raise UserError(f'--test="{text}": there is no row {label!r} among {list(rows)}')
+    return rows[one], rows[other]
+
+
+def changed(groups, text, stretch):
+    """The rows with each run's change of loss between two evaluations, "A to B", as its loss."""
+    ends = re.fullmatch(r"(\d+) to (\d+)", stretch)
+    if not ends:
+        raise UserError(f'--test="{text}": "{stretch}" is not "TOKENS to TOKENS"')
+    return [
+        replace(group, runs=[change_of(run, text, *map(int, ends.groups())) for run in group.runs])
+        for group in groups
+    ]
+
+
+def change_of(run, text, first, last):
+    """The run with loss(last) - loss(first), both on the same validation tokens, as its loss."""
+    curve = dict(run.curve())
+    for tokens in (first, last):
+        if tokens not in curve:
+            raise UserError(
+                f'--test="{text}": {run.name} has no evaluation after {tokens} tokens on its curve;'
+                f" choose of {list(curve)}"
+            )
+    return replace(run, points=[[run.tokens, curve[last] - curve[first]]])
 
 
 def table_of(rows):
@@ -852,8 +903,9 @@ def parse_arguments():
         "--test",
         action="append",
         default=[],
-        metavar="'ROW - ROW'",
-        help="a table of these differences as one family; may be given several times",
+        metavar="'ROW - ROW [from A to B]'",
+        help="a table of these differences as one family; may be given several times; with 'from A "
+        "to B' how much the difference changes between the evaluations after A and B tokens",
     )
     return parser.parse_args()
 

@@ -540,6 +540,35 @@ def test_each_row_at_its_best_rate_is_compared_over_the_seeds_that_all_rows_have
     assert row == expected
 
 
+def test_the_change_of_a_difference_is_tested_within_seeds_and_corrected_with_the_others(tmp_path):
+    """
+    Over seeds 1, 2, 3 the last losses of exo - gated are -0.9, -1.0, -1.1: mean -1, error
+    0.1 / sqrt(3), t = -17.3; from 100 to 300 tokens the difference goes from -3, -3, -3 to -2.1,
+    -2.2, -2.3: changes of 0.9, 0.8, 0.7, error again 0.1 / sqrt(3), t = 13.9. With two degrees of
+    freedom p = 1 - t / sqrt(2 + t^2), and t(0.95) = 4.303. The last evaluation is on other tokens.
+    """
+    folders = []
+    for seed, middle, last in ((1, 5.9, 4.1), (2, 5.8, 4.0), (3, 5.7, 3.9)):
+        end = dict(seed=seed, final_eval_tokens=128)
+        gated = [(0, 9.0), (100, 8.0 + seed), (300, 8.0), (400, 5.0)]
+        exo = [(0, 9.0), (100, 5.0 + seed), (300, middle), (400, last)]
+        folders.append(write_run(tmp_path / f"gated{seed}", gated, "gated", **end))
+        folders.append(write_run(tmp_path / f"exo{seed}", exo, "exo", **end))
+    tests = ["exo - gated", "exo - gated from 100 to 300"]
+    headings, one, other = tables(cells(folders, tests=tests)[1].split("\n"))[1]
+    half = 4.303 * 0.1 / math.sqrt(3)
+    p = [1 - t / math.sqrt(2 + t * t) for t in (10 * math.sqrt(3), 8 * math.sqrt(3))]
+    assert headings == ["test", "pairs", "loss", "p (Holm)"]
+    assert one == [tests[0], "3", f"-1.0000 +- {half:.4f} *", f"{max(2 * p[0], p[1]):.4f}"]
+    assert other == [tests[1], "3", f"+0.8000 +- {half:.4f} *", f"{max(2 * p[0], p[1]):.4f}"]
+    with pytest.raises(UserError, match="gated1 has no evaluation after 400 tokens on its curve"):
+        cells(folders, tests=["exo - gated from 100 to 400"])
+    with pytest.raises(UserError, match='"100" is not "TOKENS to TOKENS"'):
+        cells(folders, tests=["exo - gated from 100"])
+    with pytest.raises(UserError, match="there is no row 'base' among"):
+        cells(folders, tests=["exo - base from 100 to 300"])
+
+
 def test_a_test_or_a_best_of_that_cannot_be_made_is_refused_in_one_line(tmp_path):
     folders = write_ends(tmp_path, {("exo", 1): 3.0, ("gated", 2): 4.0})
     with pytest.raises(UserError, match="there is no row 'base' among"):
