@@ -577,12 +577,13 @@ def folder(tmp_path_factory, write_data, tokens):
     write_shard(str(root / "data" / "text_train_000000.bin"), tokens[::-1])  # unlike validation's
     for variant in ("base", "nuresformer", "exo_dynamic"):
         (root / variant).mkdir()
-        for step, scale in ((3, 1.5), (7, 1.0)):
+        for step, tokens_read, scale in ((3, 3000, 1.5), (7, 9000, 1.0)):  # a growing batch
             model = tiny(variant)
             checkpoint = dict(
                 model_config=vars(model.config),
                 model={name: scale * p for name, p in model.state_dict().items()},
                 train_config=dict(data=str(root / "data"), total_batch_size=1000),
+                tokens=tokens_read,
             )
             save_checkpoint(str(root / variant / f"ckpt_{step:06d}.pt"), checkpoint)
     return root
@@ -953,7 +954,7 @@ def test_use_over_training_is_that_of_each_checkpoint(folder, tokens, call, tmp_
     base, record = map(json.loads, out.read_text().splitlines())
     assert record["run"] == "nuresformer" and record["rows"] == 4
     assert {"machine", "torch", "commit", "command"} <= set(record)
-    assert record["tokens"] == [3000, 7000]
+    assert record["tokens"] == [3000, 9000]
     assert sorted(base["use"]) == ["attention_sink", "pca_core_features", "token_similarity"]
     for column, step in enumerate((3, 7)):
         model = load_checkpoint(folder / "nuresformer" / f"ckpt_{step:06d}.pt")

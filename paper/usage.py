@@ -91,7 +91,8 @@ def use_over_training(folder, data="", device="cpu", rows=ROWS):
         )
     uses = [use_in(paths[step], data or settings["data"], device, rows) for step in steps]
     over_training = {name: np.stack([use[name] for use in uses], axis=1) for name in uses[0]}
-    return np.array(steps) * settings["total_batch_size"], over_training
+    tokens = [read_checkpoint(paths[step])["tokens"] for step in steps]
+    return np.array(tokens), over_training
 
 
 def checkpoints_of(folder):
