@@ -781,7 +781,7 @@ def parse_args():
         help="check the shards in --out instead of making any")
     add("--out", metavar="DIR",
         help=f"folder of the shards (default: {FINEWEB_FOLDER}; with --input there is none)")
-    add("--shards", type=int, default=TRAIN_SHARDS, metavar="N",
+    add("--shards", type=int, metavar="N",
         help=f"download the first N training shards of 100M tokens (default: all {TRAIN_SHARDS})")
     add("--input", nargs="+", action="extend", metavar="FILE",
         help="text to tokenise; patterns like 'a/*.jsonl.gz' are expanded. A line of .jsonl (its "
@@ -801,6 +801,10 @@ def parse_args():
             setattr(args, name, default)
         elif not args.input:
             parser.error(f"--{name} is for --input=FILES, which is not given")
+    if args.shards is None:
+        args.shards = TRAIN_SHARDS
+    elif args.input:
+        parser.error("--shards is for the download; leave it out with --input")
     if not 0 <= args.shards <= TRAIN_SHARDS:
         parser.error(f"--shards is 0 to {TRAIN_SHARDS}")
     if not 1 <= args.workers <= 1024:

@@ -962,6 +962,7 @@ OWN_TEXT = ["--input=a.txt", "--out=out"]
 WRONG = [
     (["--shards=100"], 2, "--shards is 0 to 99"),
     (["--shards=-1"], 2, "--shards is 0 to 99"),
+    (["--shards=5", *OWN_TEXT], 2, "--shards is for the download"),
     (["--input", "x.txt"], 2, "--out=DIR"),
     (["verify", "--input", "x.txt", "--out=x"], 2, "no other command"),
     (["--workers=0", *OWN_TEXT], 2, "--workers is 1 to 1024"),
