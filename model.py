@@ -954,7 +954,7 @@ def config_from(kind, settings, path):
     unknown = sorted(set(settings) - {f.name for f in fields(kind)})
     if unknown:
         raise InputError(f"{path} has settings this version does not know: {', '.join(unknown)}; "
-                         "update the code")
+                         "use the version of the code that wrote it")
     return kind(**settings)
 
 
