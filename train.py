@@ -4,7 +4,7 @@ Train any variant of ExoFormer, on one GPU, several (torchrun) or a CPU.
     python train.py                                on a CPU: a small model on Python's own sources
     python train.py --variant=exo_dynamic          one H100 and FineWeb: the paper's run (Table 4)
     python train.py --preset=small --data=DIR      GPT-2-small size, one consumer GPU
-    python train.py --resume --out_dir=DIR         go on where a run stopped, bit for bit
+    python train.py --resume --out_dir=DIR         go on where a run stopped
     python train.py --init_from=PATH --data=DIR    a new run from a checkpoint's weights
     torchrun --nproc_per_node=8 train.py ...       the same run on eight GPUs
     timeout -s TERM 55m python train.py ...        stop, saved and resumable, after 55 minutes
@@ -46,11 +46,11 @@ from model import (FORMAT, VARIANTS, DamagedCheckpoint, ExoFormer, InputError, L
                    continue_text, count_parameters, flops_per_token, load_checkpoint,
                    read_checkpoint, setting, variant_name, variant_settings)
 from muon import Muon, polar_express
-from prepare_fineweb import (Progress, UserError, atomic_write, clock, command_line, find_shards,
-                             fingerprint, get_tokenizer, locked, read_meta, read_window, say,
-                             shard_tokens, size_of, still_locked, write_default_shards)
+from prepare_fineweb import (FINEWEB_FOLDER, Progress, UserError, atomic_write, clock,
+                             command_line, find_shards, fingerprint, get_tokenizer, locked,
+                             read_meta, read_window, say, shard_tokens, size_of, still_locked,
+                             write_default_shards)
 
-FINEWEB = "data/fineweb_edu10B"
 DEFAULT_DATA = "data/python_stdlib"
 RANK = int(os.environ.get("RANK") or 0)  # number of this process; torchrun sets it
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # number of all processes
@@ -65,12 +65,13 @@ HOW = dict(resume=True, experiment=False)  # facts of a setting that only steers
 class TrainConfig:
     """The recipe. The defaults are the paper's (Table 4), except where the README says otherwise.
 
-    Facts of a setting: resume=True: it may change when a run is resumed. experiment=False: it does
-    not change what is learnt, but for rounding. measures=True: it decides which tokens a validation
-    loss is measured on. group: the title of it and those below it in --help.
+    Facts of a setting: resume=True: it may change when a run is resumed. experiment=False: runs
+    that differ in it alone are repetitions of one experiment. measures=True: it decides which
+    tokens a validation loss is measured on. group: the title of it and those below it in --help.
     """
-    data: str = setting("", "folder of token shards; empty: FineWeb-Edu where it is, else Python's "
-                        "own sources", resume=True, measures=True)
+    data: str = setting("", "folder of token shards; empty: FineWeb-Edu, or Python's own sources "
+                        "(--preset=smoke, and small where FineWeb-Edu is not)", resume=True,
+                        measures=True)
     out_dir: str = setting("", "folder of the run; empty: out/PRESET-VARIANT", **HOW)
     resume: bool = setting(False, "continue the newest checkpoint in out_dir", **HOW)
     init_from: str = setting("", "checkpoint with weights and sizes to begin with; empty: none")
@@ -138,7 +139,10 @@ class Tokens:
 
     def __init__(self, folder, split, model_config):
         tokenizer = get_tokenizer(model_config.tokenizer)
-        self.limit = min(tokenizer.n_vocab, model_config.vocab_size)
+        self.limit = tokenizer.n_vocab
+        if model_config.vocab_size < self.limit:
+            raise UserError(f"--vocab_size={model_config.vocab_size} is too small for the "
+                            f"{self.limit} ids of the {model_config.tokenizer} tokenizer")
         self.block_size = model_config.block_size
         self.paths = find_shards(folder, split)
         self.counts = [shard_tokens(path) for path in self.paths]
@@ -160,7 +164,7 @@ class Tokens:
         if tokens.max() >= self.limit:
             raise UserError(
                 f"{path}: token id {tokens.max()} is not below {self.limit}, the size of the "
-                "vocabulary; damaged, or of another tokenizer (python prepare_fineweb.py verify "
+                "tokenizer; damaged, or of another tokenizer (python prepare_fineweb.py verify "
                 "--out=DIR)")
         return tokens
 
@@ -319,7 +323,8 @@ class Trainer:
         self.saved = -1  # the last step that was saved
         self.evaluated = -1  # the last step that was evaluated
         self.sequences = config.batch_size * WORLD_SIZE  # of a forward pass on all processes
-        self.count_passes()  # its UserError comes before anything is built
+        for step in range(config.max_steps):  # a UserError comes before anything is built
+            self.count_passes(step)
         self.tokenizer = get_tokenizer(model_config.tokenizer)
         self.train = Tokens(config.data, "train", model_config)
         self.val = Tokens(config.data, "val", model_config)
@@ -345,7 +350,7 @@ class Trainer:
         if rest or not passes:
             raise UserError(
                 f"--total_batch_size={tokens} is not a multiple of --batch_size={batch_size} x "
-                f"--block_size={block_size} x {WORLD_SIZE} process(es)")
+                f"--block_size={block_size} x {WORLD_SIZE} process(es); change one of them")
         return passes
 
     def read_step(self):
@@ -507,8 +512,8 @@ def evaluate(trainer, tokens, stop):
     loss = total / count
     if not math.isfinite(loss):
         raise Diverged(
-            f"the evaluation after step {trainer.step}: validation loss {loss}. A checkpoint of "
-            "that step holds these weights")
+            f"the evaluation after step {trainer.step}: validation loss {loss}. If there is "
+            "a checkpoint of that step, it holds these weights")
     trainer.evaluated = trainer.step
     return dict(
         step=trainer.step,
@@ -562,8 +567,8 @@ RESUMABLE = {f.name for f in fields(TrainConfig) if f.metadata.get("resume")}
 def merge(base, variant, given, may_change=None, what=""):
     """The settings `base`, changed to what the command line asks for.
 
-    That is the row of --variant, but for its n_layer, which a preset or a checkpoint decides; then
-    the flags `given`, {name: value}. With `may_change`, names of settings, a change of any other is
+    That is the row of --variant, but for its n_layer, which the checkpoint decides; then the
+    flags `given`, {name: value}. With `may_change`, names of settings, a change of any other is
     a UserError, which says that it does not fit `what`.
     """
     asked = given
@@ -665,15 +670,16 @@ def choose_data(preset):
 
     Writes the embedded default where nothing else is there.
     """
-    if preset != "smoke" and os.path.isdir(FINEWEB):
-        return FINEWEB
+    if preset != "smoke" and os.path.isdir(FINEWEB_FOLDER):
+        return FINEWEB_FOLDER
     if preset == "paper":
         raise UserError(
-            f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB}: python prepare_fineweb.py")
+            f"--preset=paper needs the FineWeb-Edu shards in {FINEWEB_FOLDER}: "
+            "python prepare_fineweb.py")
     print0(
         "NO --data: training on the source code of Python's standard library, byte by byte "
-        f"({DEFAULT_DATA}).\nFor real text: python prepare_fineweb.py, or its --input=FILES "
-        "--out=DIR and then --data=DIR here")
+        f"({DEFAULT_DATA}).\nFor real text: --data=DIR with what prepare_fineweb.py brings "
+        f"({FINEWEB_FOLDER}) or makes of your own (--input=FILES --out=DIR)")
     write_default_shards(DEFAULT_DATA)
     return DEFAULT_DATA
 
@@ -858,7 +864,7 @@ class RunFolder:
         if saved and keep:
             with self.survive(f"REMOVE old checkpoints of {self.path}"):
                 checkpoints = self.checkpoints()
-                newest = checkpoints.index(path)  # those of later steps are damaged: skipped before
+                newest = checkpoints.index(path)  # later ones can only be damaged: resuming skipped
                 for old in checkpoints[newest + keep :]:
                     os.remove(old)
         return saved
@@ -1203,8 +1209,8 @@ def announce(trainer):
     epochs = tokens / (len(trainer.train) * m.block_size)
     flops = flops_per_token(trainer.model, m.block_size) * tokens
     print0(
-        f"budget     {c.max_steps:,} steps of {c.total_batch_size:,}: {tokens:,} tokens, "
-        f"{epochs:.2f} epochs, {flops:.3g} FLOPs")
+        f"budget     {c.max_steps:,} steps, {tokens:,} tokens, {epochs:.2f} epochs, "
+        f"{flops:.3g} FLOPs")
     print0(
         f"device     {c.device} x {WORLD_SIZE}, {c.dtype} (Muon {c.muon_dtype}), "
         f"{torch.get_num_threads()} threads, {c.batch_size} sequences x {trainer.count_passes()} "
@@ -1287,7 +1293,7 @@ def prepare(argv):
     if resuming and preset:
         print0(f"--preset={preset} names the folder only: a resumed run keeps its settings")
     if not preset:
-        has_data = torch.cuda.is_available() and os.path.isdir(FINEWEB)
+        has_data = torch.cuda.is_available() and os.path.isdir(FINEWEB_FOLDER)
         preset = "paper" if has_data else "smoke"
     if WORLD_SIZE > 1:
         init_processes(choose_device(given.get("device", "auto")))

@@ -123,6 +123,7 @@ def test_the_report_counts_what_the_optimizers_hold(capsys):
     "flags, words",
     [
         (["--total_batch_size=100"], "--total_batch_size=100 is not a multiple"),
+        (["--vocab_size=256"], "--vocab_size=256 is too small for the 257 ids of the bytes"),
         (["--device=cuda"], "--device=cuda is not there: torch can use"),
         (["--batch_size=0"], "batch_size=0 .*from 1"),
         (["--muon_lr=nan"], "muon_lr=nan"),
@@ -192,7 +193,7 @@ def test_only_a_lack_of_memory_is_called_so(error, code, data, tmp_path, monkeyp
 
 def test_a_model_too_large_for_the_machine_is_one_line(data, tmp_path):
     """A matrix of 17 TB."""
-    huge = ["--n_embd=1048576", "--vocab_size=2", "--ffn_dim=64"]
+    huge = ["--n_embd=1048576", "--ffn_dim=64"]
     message = run_main(f"--data={data}", f"--out_dir={tmp_path / 'a'}", *SMALL, *huge)
     assert message == "train.py: out of memory; lower --batch_size"
 
@@ -214,9 +215,8 @@ def test_what_cannot_be_written_is_one_line(place, data, tmp_path):
 
 @pytest.mark.parametrize("source", ["ours", "released"])
 def test_init_from_takes_weights_and_sizes_of_a_checkpoint(source, tmp_path, monkeypatch):
-    """Ids below 96 of a tokenizer that needs no file. Once started, a run no longer needs the
-    source."""
-    gpt2 = types.SimpleNamespace(n_vocab=50257, eot=50256, n_bytes=len)
+    """A tokenizer of 96 ids that needs no file. Once started, a run no longer needs the source."""
+    gpt2 = types.SimpleNamespace(n_vocab=96, eot=95, n_bytes=len)
     monkeypatch.setattr(T, "get_tokenizer", lambda name: gpt2)
     (tmp_path / "data").mkdir()
     for split in ("train", "val"):
@@ -382,7 +382,7 @@ def test_mfu_is_that_of_one_device(processes, share, monkeypatch):
 def test_epochs_and_time_left_are_those_to_come(data, tmp_path, capsys, monkeypatch):
     """12 steps of 4 windows out of 41; 2 s a step after 5 of them."""
     trainer, run_folder = start(tmp_path / "a", data)
-    assert "12 steps of 128: 1,536 tokens, 1.17 epochs" in capsys.readouterr().out
+    assert "12 steps, 1,536 tokens, 1.17 epochs" in capsys.readouterr().out
     asked = []
     monkeypatch.setattr(T, "progress_line", lambda trainer, record, left: str(asked.append(left)))
     trainer.step = 5
