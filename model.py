@@ -239,9 +239,10 @@ class StaticMixing(nn.Module):
 class WeightedSum(torch.autograd.Function):
     """Eq. 12 with its derivative written out, which sums each product where it is made.
 
-    In a traced estimate for an H100, autograd's own derivative makes a step of exo_dynamic 8 %
-    slower, of exo 2.5 %. Whoever changes the formula in `forward` must change `backward` too (a
-    test compares them), or delete this class and write the formula into Mix.forward.
+    A change of `forward` alone trains with wrong gradients and says nothing: change `backward` too
+    (`python test_model.py` compares them), or delete this class and write the formula into
+    Mix.forward. In a traced estimate for an H100, that makes a step of exo_dynamic 8 % slower, of
+    exo 2.5 %.
     """
 
     @staticmethod
@@ -709,9 +710,10 @@ def variant_config(variant, **given):
 
 
 def variant_name(config):
-    """The --variant whose axes a ModelConfig has, whatever its sizes; "custom" if none has them.
+    """The --variant whose axes a ModelConfig has; "custom" if none has them.
 
-    A field that is not ignored here is an axis: a new one, away from its default, is no variant.
+    Sizes, lambda_init and rope_theta are ignored. Any other field is an axis: a new one, away from
+    its default, is no variant.
     """
     ignored = {"n_layer", "n_head", "n_embd", "ffn_dim", "vocab_size", "block_size", "tokenizer",
                "dynamic_dim", "lambda_init", "rope_theta"}
