@@ -878,6 +878,33 @@ def test_results_hold_the_tests_of_the_plans(kind, rates, tests, seeds, degrees,
         assert row in lines
 
 
+def test_results_hold_the_tests_of_the_longest_runs():
+    """
+    The program's rows; the paired t tests of dynamic mixing a second time, by json and statistics.
+    """
+    lines = lines_of("RESULTS.md")
+    path = "results/pairs.jsonl"
+    runs = list(map(json.loads, lines_of(path)))
+    curves = {(run["variant"], run["settings"]["seed"]): dict(run["points"]) for run in runs}
+    last = []
+    change = []
+    seeds = sorted({seed for _, seed in curves})
+    for seed in seeds:
+        ahead = {t: x - curves["exo", seed][t] for t, x in curves["exo_dynamic", seed].items()}
+        last.append(ahead[10_240_000])
+        change.append(ahead[9_216_000] - ahead[1_024_000])
+    t = {2: 12.7062, 3: 4.3027, 4: 3.1824}[len(seeds)]
+    tests = ["exo_dynamic - exo", "exo_dynamic - exo from 1024000 to 9216000"]
+    for test, values in zip(tests, (last, change)):
+        half = t * statistics.stdev(values) / math.sqrt(len(seeds))
+        start = f"| {test} | {len(seeds)} | {statistics.fmean(values):+.4f} +- {half:.4f}"
+        assert [line for line in lines if line.startswith(start)], start
+    for row in printed_tests(compare.read_runs(str(HERE / path)), (), tests):
+        assert row in lines
+    by_seed = [f"| {seed} | {a:+.4f} | {b:+.4f} |" for seed, a, b in zip(seeds, last, change)]
+    assert set(by_seed) <= set(lines)
+
+
 def printed_tests(runs, best, tests):
     """The rows of the table of tests that compare.py prints, with single spaces."""
     printed = [" ".join(line.split()) for line in compare.summarise(runs, best, tests)[1]]
