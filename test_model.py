@@ -2318,12 +2318,15 @@ def test_every_epoch_visits_every_window_once_in_its_own_order(data):
     assert np.array_equal(split.shuffled(7, 30, 20), np.concatenate(one_by_one))
 
 
-def test_a_token_that_the_tokenizer_does_not_have_names_its_shard(data, tmp_path):
+@pytest.mark.parametrize("vocab_size, bad, limit", [(200, 256, 200), (320, 300, 257)])
+def test_a_token_outside_vocabulary_or_tokenizer_names_its_shard(
+    vocab_size, bad, limit, data, tmp_path
+):
     shutil.copytree(data, tmp_path / "data")
-    pf.write_shard(tmp_path / "data" / "t_train_000000.bin", np.full(900, 257))
-    config = ModelConfig(**{**TINY, "vocab_size": 320}, tokenizer="bytes")
+    pf.write_shard(tmp_path / "data" / "t_train_000000.bin", np.full(900, bad))
+    config = ModelConfig(**{**TINY, "vocab_size": vocab_size}, tokenizer="bytes")
     split = T.Tokens(tmp_path / "data", "train", config)
-    words = "t_train_000000.bin: token id 257 .* 257, .*verify --out="
+    words = f"t_train_000000.bin: token id {bad} .* {limit}, .*verify --out="
     with pytest.raises(UserError, match=words):
         split.window(0)
 

@@ -139,10 +139,7 @@ class Tokens:
 
     def __init__(self, folder, split, model_config):
         tokenizer = get_tokenizer(model_config.tokenizer)
-        self.limit = tokenizer.n_vocab
-        if model_config.vocab_size < self.limit:
-            raise UserError(f"--vocab_size={model_config.vocab_size} is too small for the "
-                            f"{self.limit} ids of the {model_config.tokenizer} tokenizer")
+        self.limit = min(tokenizer.n_vocab, model_config.vocab_size)
         self.block_size = model_config.block_size
         self.paths = find_shards(folder, split)
         self.counts = [shard_tokens(path) for path in self.paths]
@@ -164,7 +161,7 @@ class Tokens:
         if tokens.max() >= self.limit:
             raise UserError(
                 f"{path}: token id {tokens.max()} is not below {self.limit}, the size of the "
-                "tokenizer; damaged, or of another tokenizer (python prepare_fineweb.py verify "
+                "vocabulary; damaged, or of another tokenizer (python prepare_fineweb.py verify "
                 "--out=DIR)")
         return tokens
 
@@ -326,6 +323,10 @@ class Trainer:
         for step in range(config.max_steps):  # a UserError comes before anything is built
             self.count_passes(step)
         self.tokenizer = get_tokenizer(model_config.tokenizer)
+        if model_config.vocab_size < self.tokenizer.n_vocab:
+            raise UserError(
+                f"--vocab_size={model_config.vocab_size} is too small for the "
+                f"{self.tokenizer.n_vocab} ids of the {model_config.tokenizer} tokenizer")
         self.train = Tokens(config.data, "train", model_config)
         self.val = Tokens(config.data, "val", model_config)
         self.shards = {s: fingerprint(config.data, s) for s in ("train", "val")}  # for resuming
