@@ -26,7 +26,7 @@ import figures
 import perplexity
 import table2
 import usage
-from model import TABLE_3, ExoFormer, Positions, load_checkpoint, variant_config
+from model import TABLE_3, ExoFormer, InputError, Positions, load_checkpoint, variant_config
 from prepare_fineweb import UserError, write_shard
 from train import save_checkpoint
 
@@ -1074,6 +1074,19 @@ def test_a_file_of_use_is_read_as_it_was_measured(tmp_path, call):
         call(usage.main, other)
     with pytest.raises(UserError, match="one.jsonl, line 1: not a line of usage.py --out"):
         call(usage.main, one, "--log")
+    empty = write_json_lines(tmp_path / "empty.jsonl", [])
+    with pytest.raises(UserError, match="empty.jsonl: no records in it"):
+        call(usage.main, empty)
+
+
+def test_what_was_measured_is_kept_where_a_later_run_cannot_be(folder, tmp_path, call):
+    (tmp_path / "cut").mkdir()
+    whole = (folder / "base" / "ckpt_000003.pt").read_bytes()
+    (tmp_path / "cut" / "ckpt_000003.pt").write_bytes(whole[:-100])
+    with pytest.raises(InputError, match="not a whole checkpoint"):
+        call(usage.main, folder / "base", tmp_path / "cut", f"--out={tmp_path / 'use.jsonl'}")
+    (record,) = map(json.loads, (tmp_path / "use.jsonl").read_text().splitlines())
+    assert record["run"] == "base"
 
 
 def test_folders_without_a_run_are_refused(folder, tmp_path, call):
@@ -1325,6 +1338,15 @@ def test_tokens_have_ticks_at_round_numbers_where_they_lie(pages, tmp_path):
     assert names == ["0", "2.5", "5", "7.5", "10"]
     assert places == pytest.approx([0, 2.5 / 3, 1 + 1 / 3, 1.75, 3])
     assert usage.round_numbers(7.0, 7.0) == [7.0]
+
+
+def test_the_unit_of_the_tokens_is_that_of_the_longest_run(pages, tmp_path):
+    long = dict(run="x", rows=4, tokens=[0, 2_000_000], use=dict(gate_mean=[[0.1, 0.2]]))
+    short = dict(run="y", rows=4, tokens=[0, 500_000], use=dict(gate_mean=[[0.1, 0.2]]))
+    usage.draw_uses([long, short], tmp_path / "usage.png")
+    upper, lower = (axes for axes in pages["usage"].axes if axes.axison and axes.images)
+    assert lower.get_xlabel() == "tokens (millions)"
+    assert ticks(lower.xaxis)[1] == ["0", "0.2", "0.4"]
 
 
 def test_steps_are_drawn_on_equal_axes_with_their_spikes(pages, tmp_path, call):

@@ -173,6 +173,7 @@ def draw_uses(records, path):
 def draw_quantity(page, column, records, name, title):
     """The maps of one quantity, one below the other, with their colours."""
     drawn = []
+    unit, word = token_unit(max(record["tokens"][-1] for record in records))
     values = [unpack_use(record)[1][name] for record in records if name in record["use"]]
     limits = inner_limits(np.concatenate([table.flatten() for table in values] or [[0.0]]))
     for axes, record in zip(column, records):
@@ -182,7 +183,6 @@ def draw_quantity(page, column, records, name, title):
         tokens, use = unpack_use(record)
         layers = range(1, len(use[name]) + 1)
         image = heat_map(axes, use[name], limits, across=[""], down=layers, names_shown=4)
-        unit, word = token_unit(tokens[-1])
         ticks = round_numbers(tokens[0] / unit, tokens[-1] / unit)
         places = np.interp(ticks, tokens / unit, range(len(tokens)))
         axes.set_xticks(places, [f"{tick:g}" for tick in ticks])
@@ -289,11 +289,17 @@ def read_records(path, unpack):
     """The records in a file of --out; UserError for a line that `unpack` cannot read."""
     with open(path, "rb") as file:
         kind = "a line of usage.py --out (with --log where it was made so)"
-        return list(json_lines(file, path, kind, lambda record: unpack(record) and record))
+        records = list(json_lines(file, path, kind, lambda record: unpack(record) and record))
+    if not records:
+        raise UserError(f"{path}: no records in it; make it with python paper/usage.py --out")
+    return records
 
 
 def collect(args):
-    """The records of all that the command line names. UserError where two have one name."""
+    """
+    The records of all that the command line names, written to --out. UserError where two have one
+    name.
+    """
     device = choose_device(args.device, among=("cuda", "cpu"))
     kept = {}
     names = []
@@ -315,6 +321,8 @@ def collect(args):
             records.append(measure_log(run))
         else:
             records.append(measure_use(run, args.data, device, args.rows))
+        if args.out:  # after each run, since measuring many can take hours
+            write_lines(records, args.out)
     return records
 
 
@@ -356,8 +364,6 @@ def main():
     check_writable(args.out)
     records = collect(args)
     show, draw = (print_logs, draw_logs) if args.log else (print_uses, draw_uses)
-    if args.out:
-        write_lines(records, args.out)
     show(records)
     if args.png:
         print(f"wrote {draw(records, args.png)}")
