@@ -27,6 +27,7 @@ command. The machine is the one that writes the file, so write it where the runs
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -49,6 +50,7 @@ from figures import draw_curves, pyplot
 from model import (
     TABLE_3,
     VARIANTS,
+    DamagedCheckpoint,
     ExoFormer,
     InputError,
     ModelConfig,
@@ -218,6 +220,9 @@ def best_of(groups, names):
     Of the rows that differ in the settings `names` alone, the one with the lowest mean loss; over
     the seeds that all rows have, and with these seeds only. UserError where there is none.
     """
+    for name in names:
+        if name not in DEFAULTS:
+            raise UserError(f"--best_of: there is no setting {name!r}")
     seeds = set.intersection(*({run.seed for run in group.runs} for group in groups))
     if not seeds:
         raise UserError(f"--best_of={','.join(names)}: there is no seed that all rows have")
@@ -584,7 +589,7 @@ def tests_of(texts, groups):
     """
     [{heading: text}] of what --test names: "row - row", whose variance is that of the rows named,
     or "row - row from A to B", the same for changes of the loss between A and B tokens. One family
-    for Holm's correction. UserError for a row or an evaluation that is not there.
+    for Holm's correction. UserError for a row, or an evaluation of its runs, that is not there.
     """
     alike = {}  # a stretch, or "" for the last loss: its tests, which share a variance
     for text in texts:
@@ -592,9 +597,13 @@ def tests_of(texts, groups):
         alike.setdefault(stretch, []).append(text)
     found = {}
     for stretch, some in alike.items():
-        table = changed(groups, some[0], stretch) if stretch else groups
-        pairs = [rows_named(text, table) for text in some]
-        named = list(dict.fromkeys(group for pair in pairs for group in pair))
+        pairs = [rows_named(text, groups) for text in some]
+        table = groups
+        if stretch:
+            changes = {row: changed(row, stretch) for pair in pairs for row in pair}
+            pairs = [(changes[one], changes[other]) for one, other in pairs]
+            table = list(changes.values())
+        named = list(dict.fromkeys(row for pair in pairs for row in pair))
         tested = uncorrected([[pair] for pair in pairs], named, table)
         found |= {text: (pair, x) for text, pair, x in zip(some, pairs, tested)}
     correct([difference for _, difference in found.values()])
@@ -619,25 +628,22 @@ def rows_named(text, groups):
     return rows[one], rows[other]
 
 
-def changed(groups, text, stretch):
-    """The rows with each run's change of loss between two evaluations, "A to B", as its loss."""
+def changed(group, stretch):
+    """The row with each run's change of loss between two evaluations, "A to B", as its loss."""
     ends = re.fullmatch(r"(\d+) to (\d+)", stretch)
     if not ends:
-        raise UserError(f'--test="{text}": "{stretch}" is not "TOKENS to TOKENS"')
-    return [
-        replace(group, runs=[change_of(run, text, *map(int, ends.groups())) for run in group.runs])
-        for group in groups
-    ]
+        raise UserError(f'--test: "from {stretch}" is not "from TOKENS to TOKENS"')
+    return replace(group, runs=[change_of(run, *map(int, ends.groups())) for run in group.runs])
 
 
-def change_of(run, text, first, last):
+def change_of(run, first, last):
     """The run with loss(last) - loss(first), both on the same validation tokens, as its loss."""
     curve = dict(run.curve())
     for tokens in (first, last):
         if tokens not in curve:
             raise UserError(
-                f'--test="{text}": {run.name} has no evaluation after {tokens} tokens on its curve;'
-                f" choose of {list(curve)}"
+                f"--test: {run.name} has no evaluation after {tokens} tokens on its curve; choose "
+                f"of {list(curve)}"
             )
     return replace(run, points=[[run.tokens, curve[last] - curve[first]]])
 
@@ -699,7 +705,7 @@ def notes(groups, diverged):
 
 
 def variances(groups):
-    """A line for each variance that an error of the table comes from."""
+    """A line for each variance that an error of the table of runs comes from."""
     found = {f"all {len(groups)} rows": pooled_spread(groups)}
     for name in BASELINES:
         for baseline, members in families_of(name, groups).items():
@@ -783,8 +789,11 @@ def read_log(folder):
 
 
 def read_state(folder):
-    """The newest checkpoint; {} where there is none."""
-    return read_checkpoint(folder) if checkpoints_in(folder) else {}
+    """The newest checkpoint that is whole, as train.py resumes; {} where there is none."""
+    for path in checkpoints_in(folder).values():
+        with contextlib.suppress(DamagedCheckpoint):
+            return read_checkpoint(path)
+    return {}
 
 
 def settings_of(state):
@@ -796,7 +805,9 @@ def settings_of(state):
 def circumstances(device="cpu"):
     """{machine, torch, commit, command} of this process: a figure means nothing without them."""
     describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # without git
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     script = f"paper/{os.path.basename(sys.argv[0])}"
     return dict(
         machine=machine_name(device),
@@ -860,7 +871,8 @@ def read_runs(path):
     if not path.endswith(".jsonl"):
         return [read_run(path)]
     try:
-        runs = [Run(**record) for record in read_lines(path)]
+        with open(path, "rb") as file:
+            runs = [Run(**record) for record in json_lines(file, path, "a JSON record", dict)]
     except TypeError as error:
         raise UserError(f"{path}: not a file that --out wrote ({error})") from None
     for run in runs:

@@ -554,19 +554,20 @@ def test_the_change_of_a_difference_is_tested_within_seeds_and_corrected_with_th
         exo = [(0, 9.0), (100, 5.0 + seed), (300, middle), (400, last)]
         folders.append(write_run(tmp_path / f"gated{seed}", gated, "gated", **end))
         folders.append(write_run(tmp_path / f"exo{seed}", exo, "exo", **end))
+    folders.append(write_run(tmp_path / "base", [(0, 9.0), (400, 6.0)], "base"))  # not named
     tests = ["exo - gated", "exo - gated from 100 to 300"]
-    headings, one, other = tables(cells(folders, tests=tests)[1].split("\n"))[1]
+    headings, one, other = tables(cells(folders, tests=tests)[1].split("\n"))[-1]
     half = 4.303 * 0.1 / math.sqrt(3)
     p = [1 - t / math.sqrt(2 + t * t) for t in (10 * math.sqrt(3), 8 * math.sqrt(3))]
     assert headings == ["test", "pairs", "loss", "p (Holm)"]
     assert one == [tests[0], "3", f"-1.0000 +- {half:.4f} *", f"{max(2 * p[0], p[1]):.4f}"]
     assert other == [tests[1], "3", f"+0.8000 +- {half:.4f} *", f"{max(2 * p[0], p[1]):.4f}"]
-    with pytest.raises(UserError, match="gated1 has no evaluation after 400 tokens on its curve"):
+    with pytest.raises(UserError, match="exo1 has no evaluation after 400 tokens on its curve"):
         cells(folders, tests=["exo - gated from 100 to 400"])
-    with pytest.raises(UserError, match='"100" is not "TOKENS to TOKENS"'):
+    with pytest.raises(UserError, match='"from 100" is not "from TOKENS to TOKENS"'):
         cells(folders, tests=["exo - gated from 100"])
-    with pytest.raises(UserError, match="there is no row 'base' among"):
-        cells(folders, tests=["exo - base from 100 to 300"])
+    with pytest.raises(UserError, match="there is no row 'naive' among"):
+        cells(folders, tests=["exo - naive from 100 to 300"])
 
 
 def test_a_test_or_a_best_of_that_cannot_be_made_is_refused_in_one_line(tmp_path):
@@ -577,6 +578,8 @@ def test_a_test_or_a_best_of_that_cannot_be_made_is_refused_in_one_line(tmp_path
         cells(folders, tests=["exo"])
     with pytest.raises(UserError, match="--best_of=muon_lr: there is no seed that all rows have"):
         cells(folders, best=["muon_lr"])
+    with pytest.raises(UserError, match="--best_of: there is no setting 'muon_rate'"):
+        cells(folders, best=["muon_rate"])
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -587,6 +590,20 @@ def test_runs_of_a_gpu_can_be_compared_where_there_is_none(tmp_path, monkeypatch
     folder = write_run(tmp_path / "exo", [(0, 8.0), (400, 4.0)], "exo", device="cuda")
     run = compare.read_run(folder)
     assert run.loss == 4.0 and run.origin["machine"].endswith(" threads")
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    def missing(command, **how):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(compare.subprocess, "run", missing)
+    assert compare.circumstances.__wrapped__()["commit"] == "unknown"
+
+
+def test_a_damaged_checkpoint_is_passed_over_as_train_py_does(tmp_path):
+    folder = write_run(tmp_path / "exo", [(0, 8.0), (400, 4.0)], "exo", seed=7)
+    (tmp_path / "exo" / "ckpt_000005.pt").write_bytes(b"cut short")
+    assert compare.read_run(folder).seed == 7
 
 
 def test_settings_are_those_of_the_newest_checkpoint(tmp_path):
@@ -643,6 +660,15 @@ def test_one_table_comes_from_the_files_of_two_seeds_of_which_one_is_unfinished(
     ratio = f"{(one + two) / 2:.2f}x ({one:.2f} to {two:.2f})"
     assert found["exo", "tokens, base / own"] == ratio
     assert found["resformer", "tokens, base / own"] == "1.10x"  # 4.4 / 4
+
+
+def test_a_file_of_runs_needs_no_last_line_end(tmp_path, call):
+    file = tmp_path / "runs.jsonl"
+    folder = write_run(tmp_path / "exo", [(0, 8.0), (400, 4.0)], "exo")
+    call(compare.main, folder, f"--out={file}")
+    file.write_text(file.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
+    (run,) = compare.read_runs(str(file))
+    assert run.loss == 4.0
 
 
 def test_a_torn_last_line_is_left_out_and_any_other_bad_line_named(tmp_path):
