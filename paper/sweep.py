@@ -283,7 +283,7 @@ def run_to_end(command):
     """Exit code of `command`; signals that ask to stop are passed on, so that train.py saves."""
     # in a session of its own, or Ctrl-C would reach it twice, which ends it unsaved
     child = subprocess.Popen(command, start_new_session=True)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
     def pass_on(number, frame):
         child.send_signal(number)
@@ -375,7 +375,7 @@ def measure(job, steps=6):
             raise UserError(f"{job.name}: a trial of {steps} steps failed: {why}")
         seconds = [record["ms"] / 1000 for record in compare.read_log(out_dir) if "ms" in record]
     step = statistics.median(seconds[steps // 2 :])
-    start = wall - sum(seconds)
+    start = wall - steps * step  # with what the first steps take to compile
     say(
         f"{step * 1000:.0f} ms per step of {config.total_batch_size} tokens, {start:.1f} s to "
         f"start, {torch.get_num_threads()} threads"

@@ -325,7 +325,7 @@ def test_a_sweep_keeps_a_second_one_out_of_its_folder(tmp_path, run_sweep):
             run_sweep(no_run)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_signals_reach_the_training_process_once(name, tmp_path):
     """
     The child's exit code tells how often; 10 more if Ctrl-C of the terminal would have reached it
