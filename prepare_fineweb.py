@@ -138,8 +138,8 @@ def find_shards(folder, split):
     names = shard_names(folder, split)
     if not names:
         raise UserError(f"{folder}: no {split} shard (*_{split}_000000.bin) here; "
-                        f"to get the paper's data: python prepare_fineweb.py {out_flag(folder)}, "
-                        "or with --input=FILES your own text")
+                        f"to get the paper's data: python prepare_fineweb.py "
+                        f"--out={shlex.quote(str(folder))}, or with --input=FILES your own text")
     paths = [os.path.join(folder, name) for name in names]
     for name, path in zip(names, paths):
         count = shard_tokens(path)
@@ -803,8 +803,8 @@ def parse_args():
             parser.error(f"--{name} is for --input=FILES, which is not given")
     if args.shards is None:
         args.shards = TRAIN_SHARDS
-    elif args.input:
-        parser.error("--shards is for the download; leave it out with --input")
+    elif args.input or args.command:
+        parser.error("--shards is for the download, and nothing else")
     if not 0 <= args.shards <= TRAIN_SHARDS:
         parser.error(f"--shards is 0 to {TRAIN_SHARDS}")
     if not 1 <= args.workers <= 1024:
@@ -824,6 +824,7 @@ def input_files(patterns):
     for pattern in patterns:
         found = [] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         paths += found or [pattern]
+    paths = list(dict.fromkeys(paths))                           # a file named twice is read once
     for path in paths:
         if os.path.isdir(path):
             files = shlex.quote(os.path.join(path, "*"))
@@ -867,14 +868,8 @@ class Damaged(UserError):
 
 
 def run_again(folder):
-    flag = out_flag(folder)
-    return (f"run the command that made it again (python prepare_fineweb.py ... {flag}): a "
-            "download goes on with what is missing (--shards=N: of the first N), for other data "
-            "remove the folder first")
-
-
-def out_flag(folder):
-    return f"--out={shlex.quote(str(folder))}"
+    return (f"run the command that made {folder} again: a download goes on with what is missing "
+            "(--shards=N: of the first N), for other data remove the folder first")
 
 
 def command_line(main, *errors, memory="use a smaller batch"):

@@ -271,7 +271,7 @@ def test_folder_that_contradicts_its_meta_is_refused_for_either_split(tmp_path):
     out = make_folder(tmp_path / "my out", *word_texts(20, 20), shard_tokens=500, val_fraction=0.2)
     expected = pf.find_shards(str(out), "train")
     first = (out / "text_train_000000.bin").read_bytes()
-    remedy = f"run the command that made .*--out='{out}'.*: .*for other data remove the folder"
+    remedy = f"run the command that made {out} again: .*for other data remove the folder"
 
     (out / "text_train_000000.bin").unlink()
     for split in ("train", "val"):
@@ -871,7 +871,7 @@ def test_run_killed_at_any_rename_leaves_what_nobody_takes_and_the_next_run_begi
             make_shards(out, [path], **settings)
         assert len(pf.shard_names(str(out))) == min(survived, len(expected))
         for use in (pf.read_meta, pf.verify, pf.fingerprint, pf.download_shards):
-            with refusal(f"was stopped; .*run the command that made it again .*--out={out}"):
+            with refusal(f"was stopped; .*run the command that made {out} again"):
                 use(str(out), "train") if use == pf.fingerprint else use(str(out))
         if survived % 2:
             continue  # what two killed runs left must not be in the way either
@@ -963,6 +963,7 @@ WRONG = [
     (["--shards=100"], 2, "--shards is 0 to 99"),
     (["--shards=-1"], 2, "--shards is 0 to 99"),
     (["--shards=5", *OWN_TEXT], 2, "--shards is for the download"),
+    (["verify", "--shards=5"], 2, "--shards is for the download"),
     (["--input", "x.txt"], 2, "--out=DIR"),
     (["verify", "--input", "x.txt", "--out=x"], 2, "no other command"),
     (["--workers=0", *OWN_TEXT], 2, "--workers is 1 to 1024"),
@@ -1018,12 +1019,12 @@ def test_input_takes_files_and_unexpanded_patterns_behind_an_equals_sign_and_mor
     monkeypatch.chdir(tmp_path)
     for name in ("b.txt", "a.txt", "c1.md", "c[1].md", "d.jsonl"):
         write_jsonl(tmp_path / name, [name])
-    command = ["--input=*.txt", "c[1].md", "--tokenizer=bytes", "--out=my out"]
+    command = ["--input=*.txt", "c[1].md", "b.txt", "--tokenizer=bytes", "--out=my out"]
     command += ["--input", "d.jsonl", "--val_fraction=0"]
     assert run_main(monkeypatch, *command) is None
     assert "next: python train.py --data='my out'\n" in capsys.readouterr().out
     names = ("a.txt", "b.txt", "c[1].md")
-    texts = [(tmp_path / name).read_text(encoding="utf-8") for name in names]
+    texts = [(tmp_path / name).read_text(encoding="utf-8") for name in names]  # b.txt once
     assert all_tokens(tmp_path / "my out", "train") == byte_documents([*texts, "d.jsonl"])
 
 
@@ -1591,7 +1592,7 @@ def test_download_that_was_stopped_is_refused_until_it_or_a_smaller_one_is_compl
     with refusal("HTTP 404"):
         pf.download_shards(str(out), 2)
     for split in ("train", "val"):
-        remedy = f"--out={out}.*: a download goes on with what is missing"
+        remedy = f"made {out} again: a download goes on with what is missing"
         with refusal(f"{PAPER_FILES[2]} is not there but meta.json lists it .*{remedy}"):
             pf.find_shards(str(out), split)
     assert pf.verify(str(out)) == 1
