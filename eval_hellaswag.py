@@ -456,14 +456,14 @@ def main():
     items = load_items(args.data, args.shots, args.style, args.limit, args.train, tokenizer)
     scores = score(model, items, args.batch_tokens, DTYPES[args.dtype])
     predicted = predictions(items, scores)
-    if args.out:
-        asked = {"style": args.style, "shots": args.shots}
-        write_results(args.out, asked, items, scores, predicted)
     say(
         f"{path}: HellaSwag, {args.style} rendering, {args.shots}-shot, {len(items)} items, "
         f"{args.dtype} on {model.head.weight.device.type}"
     )
     report(items, predicted, model.config)
+    if args.out:
+        asked = {"style": args.style, "shots": args.shots}
+        write_results(args.out, asked, items, scores, predicted)
 
 
 def write_results(path, asked, items, scores, predicted):

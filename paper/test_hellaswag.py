@@ -637,6 +637,18 @@ def test_the_command_lines_score_and_compare(tmp_path, capsys, monkeypatch):
     assert "average" not in printed  # three metrics of one task
 
 
+def test_accuracies_are_printed_where_the_results_cannot_be_written(tmp_path, capsys, monkeypatch):
+    def full(*what):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(H, "write_results", full)
+    ckpt = saved(tiny(), tmp_path / "ckpt.pt")
+    out = f"--out={tmp_path / 'out.jsonl'}"
+    flags = [f"--ckpt={ckpt}", f"--data={SAMPLE}", "--limit=2", "--device=cpu", out]
+    assert "No space left" in run(monkeypatch, H, *flags)
+    assert re.search(r"^acc_norm +\d", capsys.readouterr().out, re.M)
+
+
 def test_results_that_were_asked_differently_are_not_compared(tmp_path, monkeypatch):
     """One model: without an example, with one, and with the text as it is."""
     ckpt = saved(tiny(), tmp_path / "ckpt.pt")
