@@ -1,7 +1,7 @@
 """
 How fast: every number from one process, the rivals in turn, so that ratios survive a noisy machine.
 
-    python paper/bench.py step                   a training step of each variant, beside a product
+    python paper/bench.py step                   a training step of four variants, beside a product
     python paper/bench.py generate               decoding with the KV cache, all variants
 
 Say the machine, the torch version, the command and the commit beside any figure you quote; the
@@ -30,6 +30,7 @@ from model import (
     choose_device,
     flops_per_token,
     generate,
+    number,
     variant_config,
 )
 from prepare_fineweb import Progress, command_line, say, write_meta, write_shard
@@ -197,8 +198,8 @@ def bench_generate(args):
 def add_common(parser, run, variants, dtypes, batch_size):
     """The flags that both benchmarks have."""
     parser.set_defaults(run=run)
-    devices = ("auto", "cuda", "mps", "cpu")
-    parser.add_argument("--device", default="auto", choices=devices, help="auto: as train.py")
+    devices = ("auto", "cuda", "cpu")
+    parser.add_argument("--device", default="auto", choices=devices, help="auto: cuda, else cpu")
     dtypes = ("auto", *dtypes)
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto: as train.py")
     what = f"rows of Table 3 (default {' '.join(variants)})"
@@ -215,7 +216,10 @@ def add_common(parser, run, variants, dtypes, batch_size):
         ("batch_size", batch_size, "rows"),
     ):
         parser.add_argument(
-            f"--{flag}", type=int, default=default, help=f"{what} (default {default})"
+            f"--{flag}",
+            type=number(int, 1, 2**20),
+            default=default,
+            help=f"{what} (default {default})",
         )
 
 
@@ -236,14 +240,17 @@ def parse_arguments():
 
     decode = commands.add_parser("generate", help="decoding")
     add_common(decode, bench_generate, list(VARIANTS), ("float32", "bfloat16"), 1)
-    decode.add_argument("--tokens", type=int, default=128, help="new tokens (default 128)")
+    decode.add_argument(
+        "--tokens", type=number(int, 1, 2**20), default=128, help="new tokens (default 128)"
+    )
     return parser.parse_args()
 
 
 def main():
     """Print where and what is measured, then measure."""
     args = parse_arguments()
-    for name, value in circumstances(choose_device(args.device)).items():
+    args.device = choose_device(args.device, among=("cuda", "cpu"))
+    for name, value in circumstances(args.device).items():
         print(f"{name} {value}", end=" | ")
     say(f"load {os.getloadavg()[0]:.1f}")
     args.run(args)

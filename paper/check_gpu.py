@@ -422,7 +422,7 @@ def check_speed(device, data):
         what = f"GB at the most, batch {batch}: {name} (traced: {traced})"
         yield what, found["memory"], 1.1 * traced
     yield f"tokens/s: {name}", found["rate"], None
-    yield f"MFU in %: {name}", 100 * found["mfu"], None
+    yield f"MFU in %: {name}", 100 * found["mfu"] or None, None  # skipped: the peak is not known
     yield f"ms of forward and backward: {name}", 1000 * found["pass"], None
     yield f"ms of the rest of a step: {name}", 1000 * found["rest"], None
 

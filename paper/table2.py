@@ -8,8 +8,8 @@ Table 2, the numbers of Section 4.4 and of the appendix, for checkpoints of ours
 
 Writes one JSON for each checkpoint, which holds every quantity layer by layer (paper/analysis.py
 says how they are defined), and prints the numbers that the paper states beside the paper's. With
---summary all of them go into one small file too, without what is large: the maps of tokens, and
-what is known of every channel.
+--summary all of them go into one small file too, without what is large: the maps of tokens, the
+lambdas, the gammas, and the anchor's share of each channel.
 """
 
 import argparse

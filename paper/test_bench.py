@@ -55,6 +55,13 @@ def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch):
     assert bench.in_turn({"a": act, "b": act}, 2, "cuda") == {"a": [3, 3], "b": [3, 3]}
 
 
+@pytest.mark.parametrize("flag", ["rounds", "batch_size", "n_layer", "tokens"])
+def test_a_benchmark_of_nothing_is_refused(flag, call, capsys):
+    with pytest.raises(SystemExit):
+        call(bench.main, "generate", "--device=cpu", f"--{flag}=0")
+    assert f"argument --{flag}: 0 must be from 1" in capsys.readouterr().err
+
+
 def test_a_ratio_is_the_median_over_rounds_and_not_that_of_medians():
     assert bench.ratio([2.0, 9.0, 30.0], [1.0, 3.0, 3.0]) == 3.0
 

@@ -421,6 +421,14 @@ def test_a_fifth_more_memory_than_traced_fails(fake_cuda, monkeypatch, more, ver
     assert found == ["", "", verdict, "", "", "", ""]
 
 
+def test_the_mfu_of_a_device_whose_peak_is_not_known_is_skipped(monkeypatch):
+    found = {"pass": 1.0, "rest": 0.5, "memory": 1.0, "rate": 9.0, "mfu": 0.0}
+    monkeypatch.setattr(check_gpu, "measure_step", lambda *args, **given: found)
+    lines = [check_gpu.row(*row)[1] for row in check_gpu.check_speed("cpu", "")]
+    (line,) = [line for line in lines if "MFU" in line]
+    assert line.startswith("skip ")
+
+
 def test_no_earlier_trainer_is_in_the_memory_that_is_measured(fake_cuda, monkeypatch, data):
     """Each is in a cycle of references, so that only the garbage collector frees it."""
     trainers = []
