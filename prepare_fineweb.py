@@ -138,7 +138,7 @@ def find_shards(folder, split):
     names = shard_names(folder, split)
     if not names:
         raise UserError(f"{folder}: no {split} shard (*_{split}_000000.bin) here; "
-                        f"to get the paper's data: python prepare_fineweb.py "
+                        "to get the paper's data: python prepare_fineweb.py "
                         f"--out={shlex.quote(str(folder))}, or with --input=FILES your own text")
     paths = [os.path.join(folder, name) for name in names]
     for name, path in zip(names, paths):
