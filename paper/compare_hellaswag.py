@@ -12,7 +12,8 @@ the difference of the average over the tasks, all of which count alike, as the p
 Its error is that of the mean of the tasks' independent differences.
 
 The errors are those of drawing other items. What another seed of training would give is not in
-them.
+them. Two files that were asked alike but for the examples (--train) or the items' text (--data) of
+eval_hellaswag.py are not told apart.
 """
 
 import argparse
