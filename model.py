@@ -877,7 +877,11 @@ def load_checkpoint(path, device="cpu"):
     path may be a run folder: its newest checkpoint is taken. InputError as in read_checkpoint, and
     where weights and configuration do not fit.
     """
-    checkpoint = read_checkpoint(path)
+    return model_from(read_checkpoint(path), path).to(device).eval()
+
+
+def model_from(checkpoint, path):
+    """The ExoFormer in a dict of read_checkpoint, which came from `path`; InputError as above."""
     check_format(checkpoint, path)
     try:
         if "model_config" in checkpoint:
@@ -888,7 +892,7 @@ def load_checkpoint(path, device="cpu"):
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         why = str(error).split("\n")[-1].strip()
         raise InputError(f"{path}: its weights do not fit its configuration ({why})") from None
-    return model.to(device).eval()
+    return model
 
 
 def read_checkpoint(path):

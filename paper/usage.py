@@ -30,7 +30,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from analysis import analyse, anchor_share, validation_windows
 from compare import circumstances, read_log, read_run, write_lines
 from figures import NAMES, Page, heat_map, inner_limits, pyplot, token_unit
-from model import InputError, checkpoints_in, choose_device, load_checkpoint, read_checkpoint
+from model import InputError, checkpoints_in, choose_device, model_from, read_checkpoint
 from prepare_fineweb import UserError, check_writable, command_line, json_lines
 from table2 import ROWS, number, print_table
 
@@ -52,9 +52,8 @@ SPIKE_DEVIATIONS = 5
 # ---- checkpoints: how the layers use their anchor ------------------------------------------------
 
 
-def use_in(path, data, device="cpu", rows=ROWS):
-    """{quantity: (n_layer,) float64} of a checkpoint; nan where a layer does not mix the letter."""
-    model = load_checkpoint(path, device)
+def use_in(model, data, rows=ROWS):
+    """{quantity: (n_layer,) float64} of a model; nan where a layer does not mix the letter."""
     layers = model.config.n_layer
     record = analyse(model, validation_windows(data, model.config, rows))
     use = {}
@@ -81,17 +80,19 @@ def use_over_training(folder, data="", device="cpu", rows=ROWS):
 
     data: a folder of shards; "" takes the run's own. UserError where there is no checkpoint.
     """
-    paths = checkpoints_of(folder)
-    steps = sorted(paths)
-    settings = read_checkpoint(paths[steps[0]]).get("train_config")
-    if settings is None:
-        raise UserError(
-            f"{paths[steps[0]]}: holds weights but no settings of a run; "
-            "give a run folder of train.py"
-        )
-    uses = [use_in(paths[step], data or settings["data"], device, rows) for step in steps]
+    tokens = []
+    uses = []
+    for _, path in sorted(checkpoints_of(folder).items()):
+        checkpoint = read_checkpoint(path)
+        if "train_config" not in checkpoint:
+            raise UserError(
+                f"{path}: holds weights but no settings of a run; give a run folder of train.py"
+            )
+        data = data or checkpoint["train_config"]["data"]
+        model = model_from(checkpoint, path).to(device).eval()
+        tokens.append(checkpoint["tokens"])
+        uses.append(use_in(model, data, rows))
     over_training = {name: np.stack([use[name] for use in uses], axis=1) for name in uses[0]}
-    tokens = [read_checkpoint(paths[step])["tokens"] for step in steps]
     return np.array(tokens), over_training
 
 
