@@ -493,13 +493,18 @@ def inner_limits(values):
 # ---- command -------------------------------------------------------------------------------------
 
 
-def read_records(path):
-    """The records in a file that table2.py wrote, one a line. UserError where it is none."""
+def read_lines_of(script, path, kind, convert):
+    """[convert(record)] of a file that a script wrote, one a line. UserError where it is none."""
     with open(path, "rb") as file:
-        records = list(json_lines(file, path, "a record of this paper/table2.py", complete))
+        records = list(json_lines(file, path, kind, convert))
     if not records:
-        raise UserError(f"{path}: no records in it; make it with python paper/table2.py")
+        raise UserError(f"{path}: no records in it; make it with python paper/{script}")
     return records
+
+
+def read_records(path):
+    """The records in a file that table2.py wrote."""
+    return read_lines_of("table2.py", path, "a record of this paper/table2.py", complete)
 
 
 def complete(record):

@@ -29,9 +29,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from analysis import analyse, anchor_share, validation_windows
 from compare import circumstances, read_log, read_run, write_lines
-from figures import NAMES, Page, heat_map, inner_limits, pyplot, token_unit
+from figures import NAMES, Page, heat_map, inner_limits, pyplot, read_lines_of, token_unit
 from model import InputError, checkpoints_in, choose_device, model_from, read_checkpoint
-from prepare_fineweb import UserError, check_writable, command_line, json_lines
+from prepare_fineweb import UserError, check_writable, command_line
 from table2 import ROWS, number, print_table
 
 # {quantity: (heading in the table, title in the picture)}, four that stand side by side
@@ -288,12 +288,8 @@ def run_name(folder):
 
 def read_records(path, unpack):
     """The records in a file of --out; UserError for a line that `unpack` cannot read."""
-    with open(path, "rb") as file:
-        kind = "a line of usage.py --out (with --log where it was made so)"
-        records = list(json_lines(file, path, kind, lambda record: unpack(record) and record))
-    if not records:
-        raise UserError(f"{path}: no records in it; make it with python paper/usage.py --out")
-    return records
+    kind = "a line of usage.py --out (with --log where it was made so)"
+    return read_lines_of("usage.py --out", path, kind, lambda record: unpack(record) and record)
 
 
 def collect(args):
