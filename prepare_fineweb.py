@@ -784,8 +784,9 @@ def parse_args():
     add("--shards", type=int, metavar="N",
         help=f"download the first N training shards of 100M tokens (default: all {TRAIN_SHARDS})")
     add("--input", nargs="+", action="extend", metavar="FILE",
-        help="text to tokenise; patterns like 'a/*.jsonl.gz' are expanded. A line of .jsonl (its "
-        'field "text") is a document, and so is the whole of any other file; all in UTF-8')
+        help="text to tokenise; patterns like 'a/*.jsonl.gz' are expanded, a file named twice is "
+        'read once. A line of .jsonl (its field "text") is a document, and so is the whole of any '
+        "other file; all in UTF-8")
     add("--tokenizer", choices=TOKENIZERS, help="for --input (default: gpt2)")
     add("--workers", type=int, metavar="N",
         help="threads for --input (default: one a core)")

@@ -942,10 +942,15 @@ def test_kill_9_while_tokenising_then_the_same_command_gives_the_same_shards(tmp
     assert shard_bytes(out) == expected
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, tmp_path_factory):
+    """Fifty names of one file: work for long enough."""
     path = write_jsonl(tmp_path / "a.jsonl", word_texts(200, 400) * 10)
+    folder = tmp_path_factory.mktemp("links")
+    links = [folder / f"{i}.jsonl" for i in range(50)]
+    for link in links:
+        link.symlink_to(path)
     out = tmp_path / "out"
-    process = start(pf.__file__, "--input", *[path] * 50, "--tokenizer=bytes", f"--out={out}")
+    process = start(pf.__file__, "--input", *links, "--tokenizer=bytes", f"--out={out}")
     wait_for((out / "unfinished").exists, process)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
