@@ -651,6 +651,9 @@ def test_table_2_writes_and_prints(folder, table_2, tokens, capsys):
         sink = f"{expected['averages']['attention_sink']:.4f}"
         cells = rows_under("Table 2", printed)["exo_dynamic_ckpt_000007"]
         assert cells[2:4] == [sink, "0.0073"]
+        gates = record["by_layer"]["gate_mean"]
+        cells = rows_under("Attention entropy", printed)["exo_dynamic_ckpt_000007"]
+        assert cells[1] == f"{sum(gates) / len(gates):.3f}" and cells[3] == f"{gates[0]:.3f}"
 
 
 def test_a_summary_prints_the_tables_again_and_is_small(folder, table_2, capsys, call):
@@ -678,9 +681,10 @@ def test_a_summary_has_the_pictures_of_its_numbers(records, pages, tmp_path, cal
     assert sorted(pages) == ["by_layer", "gates", "layers"]
 
 
-def test_a_checkpoint_without_data_is_refused(folder, call, capsys):
+@pytest.mark.parametrize("others", [[], ["--ckpt=kept.jsonl"]])
+def test_a_checkpoint_without_data_is_refused(folder, call, capsys, others):
     with pytest.raises(SystemExit):
-        call(table2.main, f"--ckpt={folder / 'base' / 'ckpt_000007.pt'}")
+        call(table2.main, f"--ckpt={folder / 'base' / 'ckpt_000007.pt'}", *others)
     assert "--data=DIR is needed" in capsys.readouterr().err
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import statistics
 from dataclasses import asdict, fields
 
@@ -590,6 +591,16 @@ def test_runs_of_a_gpu_can_be_compared_where_there_is_none(tmp_path, monkeypatch
     folder = write_run(tmp_path / "exo", [(0, 8.0), (400, 4.0)], "exo", device="cuda")
     run = compare.read_run(folder)
     assert run.loss == 4.0 and run.origin["machine"].endswith(" threads")
+
+
+def test_the_machine_is_called_by_its_processor_where_the_system_knows_it():
+    found = []
+    if os.path.exists("/proc/cpuinfo"):
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        found = re.findall(r"^model name\s*: (.*)$", text, re.M)
+    if not found:
+        pytest.skip("this system does not name its processor in /proc/cpuinfo")
+    assert compare.machine_name("cpu").startswith(f"{found[0].strip()}, {os.cpu_count()} cores, ")
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):

@@ -104,6 +104,7 @@ def test_help_names_every_setting_and_variant_once(capsys, monkeypatch):
     for variant in T.VARIANTS:
         assert len(re.findall(rf"\b{variant}[,.]", text)) == 1, variant
     assert max(map(len, text.splitlines())) <= 300
+    assert "(default: true)" in text and "True" not in text  # as a flag spells it
 
 
 def test_the_report_counts_what_the_optimizers_hold(capsys):
