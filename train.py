@@ -808,7 +808,6 @@ class RunFolder:
         """
         self.log = open(self.log_path, "a", encoding="utf-8")
         self.size = size
-        self.follow_log()
         self.log.truncate(min(size, size_of(self.log_path)))
 
     @contextlib.contextmanager

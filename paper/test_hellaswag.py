@@ -599,6 +599,8 @@ def test_every_flag_reaches_what_it_sets(monkeypatch, capsys, tmp_path):
     assert f"1 contexts were cut on the left to block_size={middle.length}" in printed
     assert not run(monkeypatch, H, "--ckpt=c.pt", cpu, "--style=nanogpt")
     assert calls["items"] == ("", 0, "nanogpt", None, "", "bytes")
+    assert not run(monkeypatch, H, "--ckpt=c.pt", cpu, "--limit=1", "--batch_tokens=1")
+    assert calls["items"][3] == 1 and calls["score"][2] == 1
 
 
 def test_the_command_lines_score_and_compare(tmp_path, capsys, monkeypatch):

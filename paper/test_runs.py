@@ -504,6 +504,14 @@ def test_a_log_that_goes_in_mid_run_costs_no_checkpoint_and_is_missed(
     assert [record["step"] for record in log_of(tmp_path / "a", "loss")] == list(range(6, 13))
 
 
+def test_a_run_that_is_resumed_with_a_shorter_log_says_so(whole, tmp_path, capsys):
+    folder = copied(whole, tmp_path / "a")
+    os.truncate(folder / "log.jsonl", 0)
+    resume(folder, "--max_steps=13")
+    said = "removed, replaced or cut: earlier records are missing"
+    assert capsys.readouterr().out.count(said) == 1
+
+
 def test_a_character_that_the_terminal_lacks_does_not_end_the_output():
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     pf.say("\ufffd one", file=terminal)
