@@ -862,7 +862,7 @@ def test_likeness_to_the_embedding_is_printed_from_layer_1_on(capsys):
     assert lines[-4:] == ["mine", "     0.625 -0.125", "long", "     0.625 -0.125"]
 
 
-def test_near_zero_lambdas_are_compared_between_norms_alone(capsys):
+def test_near_zero_lambdas_are_compared_between_norms_alone(call, monkeypatch, capsys):
     """A model without anchor norms against those that differ from it in nothing else."""
     plain = planted(label="plain", model_config=settings_with(anchor_norm=""))
     plain["lambdas"] = dict(q=dict(anchor=[[[0.0005, -0.0005, 0.0, 1.0]] * 2]))
@@ -872,6 +872,10 @@ def test_near_zero_lambdas_are_compared_between_norms_alone(capsys):
     lines = [line for line in capsys.readouterr().out.split("\n") if line]
     words = "plain 0.7500 against mine 0.3125, 2.40 times (paper: about 3)"
     assert lines == [f"|lambda1| < 0.001: {words}"]
+    alike = planted(label="alike", model_config=settings_with(anchor_norm=""))
+    monkeypatch.setattr(table2, "measure", lambda args: [planted(), alike])
+    call(table2.main, "--ckpt=kept.jsonl")
+    assert "alike 0.3125 against mine 0.3125, 1.00 times" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -934,10 +938,11 @@ def test_exported_weights_come_back_bit_for_bit(folder, tmp_path, call, monkeypa
     """safetensors and JSON give the model again; a tensor that changed in its last bit is named."""
     pytest.importorskip("safetensors", reason="safetensors: paper/requirements.txt")
     path = folder / "exo_dynamic" / "ckpt_000007.pt"
-    call(export.main, f"--ckpt={path}", f"--out={tmp_path}")
+    out = tmp_path / "new"
+    call(export.main, f"--ckpt={path}", f"--out={out}")
     assert "exo_dynamic" in capsys.readouterr().out
     model = load_checkpoint(path)
-    back = export.load_exported(tmp_path)
+    back = export.load_exported(out)
     idx = windows()[:, :-1]
     assert torch.equal(back(idx), model(idx))
     assert back.config == model.config

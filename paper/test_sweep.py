@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import threading
+import types
 from dataclasses import asdict
 
 import numpy as np
@@ -406,6 +407,32 @@ def test_a_dry_run_adds_up_what_each_run_will_take(
         ["exo-seed2", "new", "0:00:48"],
     ]
     assert lines[5].startswith("3 of 4 runs to do, about 0:02:09 in all")
+
+
+def test_a_trial_of_six_steps_tells_the_speed_of_the_last_three_and_what_starting_takes(
+    jobs_of, monkeypatch, capsys
+):
+    """40 s in all; the slow first steps are part of starting up."""
+    job = jobs_of("--variants=exo", "--", *TINY)[0]
+    clock = [100.0]
+
+    def trial(command, **how):
+        flags = dict(part.removeprefix("--").split("=", 1) for part in command[2:])
+        assert flags["max_steps"] == "6"
+        ms = enumerate((9000, 7000, 300, 200, 500, 100), 1)
+        records = [dict(step=step, tokens=32 * step, loss=5.0, ms=x) for step, x in ms]
+        os.makedirs(flags["out_dir"])
+        with open(os.path.join(flags["out_dir"], "log.jsonl"), "w", encoding="utf-8") as log:
+            log.writelines(json.dumps(record) + "\n" for record in records)
+        clock[0] += 40
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", trial)
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
+    speed, start = sweep.measure(job)
+    assert speed == pytest.approx(sweep.flops_of(job, 32) / 0.2)
+    assert start == pytest.approx(40 - 6 * 0.2)
+    assert "200 ms per step of 32 tokens, 38.8 s to start" in capsys.readouterr().out
 
 
 @pytest.mark.slow
