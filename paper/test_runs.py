@@ -132,7 +132,7 @@ def test_the_report_counts_what_the_optimizers_hold(capsys):
         (["--final_lr=1.5"], "final_lr=1.5"),
         (["--n_head=3"], "n_embd=32 is not a multiple of n_head=3"),
         (["--keep=-1"], "keep=-1"),
-        (["--block_size=5000", "--total_batch_size=10000"], "lower --block_size"),
+        (["--block_size=5000", "--total_batch_size=10000"], "5001 tokens; lower --block_size"),
         (["--compile=true"], "torch.compile needs g\\+\\+.*--compile=false"),
         (["--data=nowhere"], "nowhere.*--input=FILES"),
         (["--init_from=nowhere.pt"], "nowhere.pt: no such checkpoint"),
