@@ -524,6 +524,17 @@ def test_held_out_part_short_of_a_window_or_of_half_its_share_gets_the_end_too(
     assert all_tokens(out, "val") == expected
 
 
+@pytest.mark.parametrize("held_out, afterwards", [(50, 50), (49, 49 + 1 + 51)])
+def test_half_of_its_share_is_enough_for_the_held_out_part(held_out, afterwards):
+    """The share is 100 of 1,000 tokens; what lacks is moved behind a token that ends a document."""
+    train = pf.Split("train", 10_000)
+    val = pf.Split("val", 10_000)
+    train.add(np.zeros(1000 - held_out, np.uint16))
+    val.add(np.zeros(held_out, np.uint16))
+    pf.hold_out_end(train, val, 0.1, 256)
+    assert val.tokens == afterwards
+
+
 @pytest.mark.parametrize("length, mentioned", [(300, 6), (990, 19), (995, None), (3000, None)])
 def test_less_than_20_validation_windows_are_mentioned(
     tmp_path, monkeypatch, capsys, length, mentioned

@@ -164,6 +164,9 @@ def test_the_command_line_trains_and_tells_the_next_commands(data, tmp_path, cap
     out = capsys.readouterr().out
     assert f"python model.py --ckpt={tmp_path / 'a'} --prompt" in out and "sample:" in out
     assert f"python train.py --resume --out_dir={tmp_path / 'a'} --max_steps=24" in out
+    n = sum(p.numel() for p in T.load_checkpoint(str(tmp_path / "a")).parameters())
+    sizes = "2 layers, C 32, 2 heads, context 32, vocabulary 320"
+    assert f"model      exo_dynamic: {n:,} parameters, {sizes}\n" in out
 
 
 @pytest.mark.parametrize(
