@@ -1505,6 +1505,10 @@ FOREIGN = [  # how a state dict differs from exo_dynamic's, and what is said of 
     (lambda state: {**state, "transformer.smear_gate.weight": torch.zeros(3)}, "smear_gate"),
     (lambda state: {**state, "transformer.layers.1.attn.c_proj.weight": torch.zeros(32, 31)},
      r"c_proj.weight has shape \(32, 31\), expected \(32, 32\)"),
+    (lambda state: {**state, "transformer.layers.1.mlp.fc2.weight":
+                    state["transformer.layers.1.mlp.fc2.weight"].T}, "fc2.weight has shape"),
+    (lambda state: {**state, "transformer.layers.1.attn.lambda_q1": torch.zeros(3)},
+     r"lambda_q1 has shape \(3,\)"),
 ]
 # fmt: on
 
