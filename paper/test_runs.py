@@ -489,6 +489,9 @@ def test_log_lines_that_a_full_disk_refuses_are_written_before_the_next_checkpoi
     assert checkpoint["log_size"] == 2 * len('{"step": 1}\n')
 
 
+LOG_LOST = "removed, replaced or cut: earlier records are missing"
+
+
 @pytest.mark.parametrize(
     "harm",
     [os.remove, lambda path: os.rename(path, f"{path}.old"), lambda path: os.truncate(path, 0)],
@@ -502,8 +505,7 @@ def test_a_log_that_goes_in_mid_run_costs_no_checkpoint_and_is_missed(
 
     assert same_state(whole, train_fully(tmp_path / "a", data, before_step=take)) == []
     assert newest_of(tmp_path / "a") == "ckpt_000012.pt"
-    said = "removed, replaced or cut: earlier records are missing"
-    assert capsys.readouterr().out.count(said) == 1
+    assert capsys.readouterr().out.count(LOG_LOST) == 1
     assert [record["step"] for record in log_of(tmp_path / "a", "loss")] == list(range(6, 13))
 
 
@@ -511,8 +513,7 @@ def test_a_run_that_is_resumed_with_a_shorter_log_says_so(whole, tmp_path, capsy
     folder = copied(whole, tmp_path / "a")
     os.truncate(folder / "log.jsonl", 0)
     resume(folder, "--max_steps=13")
-    said = "removed, replaced or cut: earlier records are missing"
-    assert capsys.readouterr().out.count(said) == 1
+    assert capsys.readouterr().out.count(LOG_LOST) == 1
 
 
 def test_a_character_that_the_terminal_lacks_does_not_end_the_output():

@@ -25,6 +25,11 @@ TINY = """--n_layer=10 --n_head=2 --n_embd=8 --block_size=16 --batch_size=2 --to
 REFUSED = (InputError, UserError)
 
 
+def flags_of(command):
+    """{name: text} of the flags in a command line of train.py."""
+    return dict(part.removeprefix("--").split("=", 1) for part in command[2:])
+
+
 class FakeTrain:
     """
     Stands in for `python train.py`: writes what a run leaves behind and keeps the command lines.
@@ -37,7 +42,7 @@ class FakeTrain:
         self.commands = []
 
     def __call__(self, command):
-        flags = dict(part.removeprefix("--").split("=", 1) for part in command[2:])
+        flags = flags_of(command)
         name = os.path.basename(flags["out_dir"])
         code, step = self.ends.pop(name, (0, int(flags["max_steps"])))
         self.commands.append((name, flags.get("resume") == "true"))
@@ -417,13 +422,12 @@ def test_a_trial_of_six_steps_tells_the_speed_of_the_last_three_and_what_startin
     clock = [100.0]
 
     def trial(command, **how):
-        flags = dict(part.removeprefix("--").split("=", 1) for part in command[2:])
+        flags = flags_of(command)
         assert flags["max_steps"] == "6"
         ms = enumerate((9000, 7000, 300, 200, 500, 100), 1)
         records = [dict(step=step, tokens=32 * step, loss=5.0, ms=x) for step, x in ms]
         os.makedirs(flags["out_dir"])
-        with open(os.path.join(flags["out_dir"], "log.jsonl"), "w", encoding="utf-8") as log:
-            log.writelines(json.dumps(record) + "\n" for record in records)
+        sweep.compare.write_lines(records, os.path.join(flags["out_dir"], "log.jsonl"))
         clock[0] += 40
         return types.SimpleNamespace(returncode=0)
 

@@ -82,7 +82,7 @@ def use_over_training(folder, data="", device="cpu", rows=ROWS):
     """
     tokens = []
     uses = []
-    for _, path in sorted(checkpoints_of(folder).items()):
+    for path in checkpoints_of(folder):
         checkpoint = read_checkpoint(path)
         if "train_config" not in checkpoint:
             raise UserError(
@@ -97,11 +97,11 @@ def use_over_training(folder, data="", device="cpu", rows=ROWS):
 
 
 def checkpoints_of(folder):
-    """{step: path}; UserError where there is none."""
-    paths = checkpoints_in(folder)
+    """Paths of the checkpoints, the oldest first; UserError where there is none."""
+    paths = list(checkpoints_in(folder).values())
     if not paths:
         raise UserError(f"{folder}: no checkpoint (ckpt_*.pt) of train.py in this folder")
-    return paths
+    return paths[::-1]
 
 
 def measure_use(folder, data, device, rows):
